@@ -1,0 +1,209 @@
+"""AdaResNet: a ResNet in which the weight of each shortcut is learned.
+
+Papers:
+* `AdaResNet: Enhancing Residual Networks with Dynamic Weight Adjustment for Improved Feature Integration` -
+  https://arxiv.org/abs/2408.09958
+* `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
+"""
+from typing import Dict, Optional, Set, Tuple, Type, Union
+
+import torch
+import torch.nn as nn
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from .resnet import BasicBlock, Bottleneck, ResNet, _cfg, _cifar_cfg
+
+__all__ = ['AdaResNet']  # the model registry adds each entry point to this
+
+
+class SkipWeight(nn.Module):
+    """The trained scalar alpha that scales a shortcut. Several blocks may hold the same one."""
+
+    def __init__(self, init: float = 0., device=None, dtype=None) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((), float(init), device=device, dtype=dtype))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        # each block's entry has storage of its own, which safetensors asks for
+        destination[prefix + 'alpha'] = self.alpha if keep_vars else self.alpha.detach().clone()
+
+    def forward(self, branch: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        """`branch + alpha * shortcut`, all `[B, C, H, W]`."""
+        return torch.addcmul(branch, shortcut, self.alpha.to(shortcut.dtype))
+
+
+class AdaBasicBlock(BasicBlock):
+    """Basic block with a learned weight on its shortcut: `y = act(branch(x) + alpha * shortcut(x))`."""
+    skip_weight: SkipWeight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.act2(self.skip_weight(self.branch(x), shortcut))
+
+
+class AdaBottleneck(Bottleneck):
+    """Bottleneck block with a learned weight on its shortcut: `y = act(branch(x) + alpha * shortcut(x))`."""
+    skip_weight: SkipWeight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.act3(self.skip_weight(self.branch(x), shortcut))
+
+
+class AdaResNet(ResNet):
+    """AdaResNet."""
+
+    def __init__(
+            self,
+            block: Union[Type[nn.Module], Tuple[Type[nn.Module], ...]],
+            layers: Tuple[int, ...],
+            skip_init: float = 0.,
+            skip_weight: str = 'per_block',
+            zero_init_last: Optional[bool] = None,
+            device=None,
+            dtype=None,
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            block: Block class of all stages, or one for each.
+            layers: Number of blocks in each stage.
+            skip_init: Value that the skip weights start from: 0 in the paper, 1 is a ResNet.
+            skip_weight: How many there are: 'per_block', 'per_kind' (one for all identity shortcuts and one for all
+                projections) or 'shared' (one for the network).
+            zero_init_last: Start the last norm weight of every branch at 0. None does so unless skip_init is 0, when
+                it would leave every block with an output of 0.
+            **kwargs: All other arguments of `ResNet`.
+
+        Raises:
+            ValueError: If an argument is not one of the choices.
+        """
+        groups = {
+            'per_block': lambda name, block: name,
+            'per_kind': lambda name, block: block.downsample is None,
+            'shared': lambda name, block: None,
+        }
+        if skip_weight not in groups:
+            raise ValueError(f"skip_weight must be one of {', '.join(map(repr, groups))}, got {skip_weight!r}.")
+        if zero_init_last and skip_init == 0:
+            raise ValueError('zero_init_last must be False or None with skip_init=0: branch and shortcut would both '
+                             'start at 0, and no gradient would ever reach the network.')
+        if zero_init_last is None:
+            zero_init_last = skip_init != 0
+        super().__init__(block, layers, zero_init_last=zero_init_last, device=device, dtype=dtype, **kwargs)
+
+        skip_weights = {}
+        for stage in self.stage_names:
+            for name, block in getattr(self, stage).named_children():
+                group = groups[skip_weight](f'{stage}.{name}', block)
+                if group not in skip_weights:
+                    skip_weights[group] = SkipWeight(skip_init, device=device, dtype=dtype)
+                block.skip_weight = skip_weights[group]
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """The skip weights, which weight decay would pull towards a network without shortcuts."""
+        return {name for name, _ in self.named_parameters() if name.endswith('.alpha')}
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Let the weights of a ResNet learn their skip weights from 1 on, where an AdaResNet is that ResNet."""
+    if any(name.endswith('.skip_weight.alpha') for name in state_dict):
+        return state_dict
+    alphas = {k: torch.ones_like(v) for k, v in model.state_dict().items() if k.endswith('.skip_weight.alpha')}
+    return dict(state_dict, **alphas)
+
+
+def _create_adaresnet(variant: str, pretrained: bool = False, **kwargs) -> AdaResNet:
+    return build_model_with_cfg(
+        AdaResNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=tuple(range(len(kwargs['layers']) + 1))),
+        **kwargs,
+    )
+
+
+default_cfgs = generate_default_cfgs({
+    'adaresnet18': _cfg(),
+    'adaresnet34': _cfg(),
+    'adaresnet50': _cfg(),
+    'adaresnet101': _cfg(),
+    'adaresnet152': _cfg(),
+    'adaresnet18_cifar': _cifar_cfg(pool_size=(4, 4)),
+    'adaresnet20_cifar': _cifar_cfg(),
+    'adaresnet56_cifar': _cifar_cfg(),
+    'adaresnet110_cifar': _cifar_cfg(),
+    'test_adaresnet': _cifar_cfg(pool_size=(4, 4)),
+})
+
+
+@register_model
+def adaresnet18(pretrained: bool = False, **kwargs) -> AdaResNet:
+    """AdaResNet-18."""
+    model_args = dict(block=AdaBasicBlock, layers=(2, 2, 2, 2))
+    return _create_adaresnet('adaresnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def adaresnet34(pretrained: bool = False, **kwargs) -> AdaResNet:
+    """AdaResNet-34."""
+    model_args = dict(block=AdaBasicBlock, layers=(3, 4, 6, 3))
+    return _create_adaresnet('adaresnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def adaresnet50(pretrained: bool = False, **kwargs) -> AdaResNet:
+    """AdaResNet-50."""
+    model_args = dict(block=AdaBottleneck, layers=(3, 4, 6, 3))
+    return _create_adaresnet('adaresnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def adaresnet101(pretrained: bool = False, **kwargs) -> AdaResNet:
+    """AdaResNet-101."""
+    model_args = dict(block=AdaBottleneck, layers=(3, 4, 23, 3))
+    return _create_adaresnet('adaresnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def adaresnet152(pretrained: bool = False, **kwargs) -> AdaResNet:
+    """AdaResNet-152."""
+    model_args = dict(block=AdaBottleneck, layers=(3, 8, 36, 3))
+    return _create_adaresnet('adaresnet152', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def adaresnet18_cifar(pretrained: bool = False, **kwargs) -> AdaResNet:
+    """AdaResNet-18 with a stem for small images."""
+    model_args = dict(block=AdaBasicBlock, layers=(2, 2, 2, 2), stem_type='cifar')
+    return _create_adaresnet('adaresnet18_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def adaresnet20_cifar(pretrained: bool = False, **kwargs) -> AdaResNet:
+    """AdaResNet-20 for CIFAR, three stages of 16, 32 and 64 channels."""
+    model_args = dict(block=AdaBasicBlock, layers=(3, 3, 3), channels=(16, 32, 64), stem_type='cifar')
+    return _create_adaresnet('adaresnet20_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def adaresnet56_cifar(pretrained: bool = False, **kwargs) -> AdaResNet:
+    """AdaResNet-56 for CIFAR, three stages of 16, 32 and 64 channels."""
+    model_args = dict(block=AdaBasicBlock, layers=(9, 9, 9), channels=(16, 32, 64), stem_type='cifar')
+    return _create_adaresnet('adaresnet56_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def adaresnet110_cifar(pretrained: bool = False, **kwargs) -> AdaResNet:
+    """AdaResNet-110 for CIFAR, three stages of 16, 32 and 64 channels."""
+    model_args = dict(block=AdaBasicBlock, layers=(18, 18, 18), channels=(16, 32, 64), stem_type='cifar')
+    return _create_adaresnet('adaresnet110_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_adaresnet(pretrained: bool = False, **kwargs) -> AdaResNet:
+    """A tiny AdaResNet for tests."""
+    model_args = dict(block=AdaBasicBlock, layers=(1, 2, 2, 1), channels=(16, 24, 32, 48), stem_type='cifar')
+    return _create_adaresnet('test_adaresnet', pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,271 @@
+"""DResNet: a ResNet in which every block may draw on all earlier ones, through gated connections that are learned.
+
+Papers:
+* `An improve on ResNet: Introduces dynamic connections` -
+  https://github.com/Mao-chuan/An_improve_on_ResNet--Introduces_dynamic_connections
+* `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
+"""
+from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
+
+import torch
+import torch.nn as nn
+from timm.layers import LayerType, get_norm_layer
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck
+
+from .gated_connections import Connections, Flow
+from .resnet import ResNet, _cfg, _cifar_cfg
+
+__all__ = ['DResNet']  # the model registry adds each entry point to this
+
+
+class DResNetStage(nn.Sequential):
+    """The blocks of one resolution."""
+
+    def forward(self, x: torch.Tensor, flow: Flow) -> torch.Tensor:
+        """
+        Args:
+            x: Output of the block before the first one here, `[B, C, H, W]`.
+            flow: Gives each block its input.
+
+        Returns:
+            Output of the last block, `[B, C', H', W']`.
+        """
+        for block in self:
+            x = flow(x)
+            x = checkpoint(block, x) if flow.grad_checkpointing else block(x)
+        return x
+
+
+class DResNet(ResNet):
+    """DResNet.
+
+    With the blocks numbered 1..n across stages, `x_i` the input of block i, `y_i` its output, F the gate function and
+    `w_i` the weight array of block i,
+
+        x_i = y_{i-1} + sum_{k=1}^{i-2} F(w_{i,k}) * C_{i,k}(y_k)        for i >= 3
+
+    where `C_{i,k}` pools `y_k` to the resolution of `x_i`, and brings it to the channels of `x_i` by a 1x1
+    convolution and a norm.
+    """
+
+    def __init__(
+            self,
+            block: Union[Type[nn.Module], Tuple[Type[nn.Module], ...]],
+            layers: Tuple[int, ...],
+            gate: str = 'sigmoid',
+            gate_init: float = 0.5,
+            connection_rank: Optional[int] = None,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            block: Block class of all stages, or one for each.
+            layers: Number of blocks in each stage.
+            gate: Gate function F, 'sigmoid', 'gauss' or 'linear'.
+            gate_init: Gate value F(w) to start from.
+            connection_rank: Number of channels in which the connections into a block are summed, before one 1x1
+                convolution expands the sum to the block's input. None sums them at full width. ``timm.create_model``
+                drops arguments that are None, so for a model whose default is a number say it to its entry point.
+            norm_layer: Normalization layer.
+            **kwargs: All other arguments of `ResNet`.
+
+        Raises:
+            ValueError: If an argument is not one of the choices.
+        """
+        if connection_rank is not None and (not isinstance(connection_rank, int) or connection_rank < 1):
+            raise ValueError(f'connection_rank must be None or a whole number from 1 on, got {connection_rank!r}.')
+        super().__init__(block, layers, norm_layer=norm_layer, device=device, dtype=dtype, **kwargs)
+
+        source_chs = []
+        self.connections = nn.ModuleDict()
+        for name, depth, info in zip(self.stage_names, layers, self.feature_info[1:]):
+            stage = DResNetStage(*getattr(self, name))
+            setattr(self, name, stage)
+            first, last = len(source_chs) + 1, len(source_chs) + depth
+            source_chs += depth * [info['num_chs']]
+            targets = range(max(first + 1, 3), min(last + 1, sum(layers)) + 1)
+            if targets:
+                self.connections[name] = Connections(
+                    source_chs,
+                    targets,
+                    info['num_chs'],
+                    downsample=stage[0].stride > 1,
+                    gate=gate,
+                    gate_init=gate_init,
+                    rank=connection_rank,
+                    norm_layer=get_norm_layer(norm_layer),
+                    device=device,
+                    dtype=dtype,
+                )
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Parameters that weight decay would pull towards a gate value of its own."""
+        return {name for name, _ in self.named_parameters() if '.gates.' in name}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Create regex patterns for parameter grouping, connections with the first block of their stage."""
+        return dict(
+            stem=r'^conv1|bn1|maxpool',
+            blocks=[
+                (r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)', None),
+                (r'^connections\.layer(\d+)', None if coarse else (0,)),
+            ],
+        )
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Prune layers not required for specified intermediates, and the connections that lead to them."""
+        before = self.stage_names
+        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        blocks = sum(len(getattr(self, name)) for name in self.stage_names)
+        if self.stage_names != before:
+            for name, connections in list(self.connections.items()):
+                if name not in self.stage_names or connections.targets[0] > blocks:
+                    del self.connections[name]
+                elif connections.targets[-1] > blocks:
+                    connections.drop_last_target()
+        return take_indices
+
+    def forward_context(self) -> Flow:
+        return Flow(
+            [
+                self.connections[name] if name in self.connections else None
+                for name in self.stage_names for _ in getattr(self, name)
+            ],
+            self.grad_checkpointing,
+        )
+
+    def forward_stage(self, stage: nn.Module, x: torch.Tensor, context: Flow) -> torch.Tensor:
+        return stage(x, context)
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Let the weights of a ResNet grow connections: with norm weights of 0 these add nothing, and train from there."""
+    if any(name.startswith('connections.') for name in state_dict):
+        return state_dict
+    connections = {k: v.clone() for k, v in model.state_dict().items() if k.startswith('connections.')}
+    for name, value in connections.items():
+        if '.norm.' in name and name.endswith('.weight'):
+            nn.init.zeros_(value)
+    return dict(state_dict, **connections)
+
+
+def _create_dresnet(variant: str, pretrained: bool = False, **kwargs) -> DResNet:
+    return build_model_with_cfg(
+        DResNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=tuple(range(len(kwargs['layers']) + 1)), feature_cls='getter'),
+        **kwargs,
+    )
+
+
+default_cfgs = generate_default_cfgs({
+    'dresnet18': _cfg(),
+    'dresnet18_gauss': _cfg(),
+    'dresnet34': _cfg(),
+    'dresnet34_gauss': _cfg(),
+    'dresnet50': _cfg(),
+    'dresnet50_gauss': _cfg(),
+    'dresnet101': _cfg(),
+    'dresnet101_gauss': _cfg(),
+    'dresnet18_cifar': _cifar_cfg(pool_size=(4, 4)),
+    'dresnet20_cifar': _cifar_cfg(),
+    'dresnet56_cifar': _cifar_cfg(),
+    'test_dresnet': _cifar_cfg(pool_size=(4, 4)),
+})
+
+
+@register_model
+def dresnet18(pretrained: bool = False, **kwargs) -> DResNet:
+    """DResNet-18."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    return _create_dresnet('dresnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dresnet18_gauss(pretrained: bool = False, **kwargs) -> DResNet:
+    """DResNet-18 with Gauss gates."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), gate='gauss')
+    return _create_dresnet('dresnet18_gauss', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dresnet34(pretrained: bool = False, **kwargs) -> DResNet:
+    """DResNet-34."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+    return _create_dresnet('dresnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dresnet34_gauss(pretrained: bool = False, **kwargs) -> DResNet:
+    """DResNet-34 with Gauss gates."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), gate='gauss')
+    return _create_dresnet('dresnet34_gauss', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dresnet50(pretrained: bool = False, **kwargs) -> DResNet:
+    """DResNet-50, its connections low-rank."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), connection_rank=24)
+    return _create_dresnet('dresnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dresnet50_gauss(pretrained: bool = False, **kwargs) -> DResNet:
+    """DResNet-50 with Gauss gates, its connections low-rank."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), connection_rank=24, gate='gauss')
+    return _create_dresnet('dresnet50_gauss', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dresnet101(pretrained: bool = False, **kwargs) -> DResNet:
+    """DResNet-101, its connections low-rank."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), connection_rank=8)
+    return _create_dresnet('dresnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dresnet101_gauss(pretrained: bool = False, **kwargs) -> DResNet:
+    """DResNet-101 with Gauss gates, its connections low-rank."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), connection_rank=8, gate='gauss')
+    return _create_dresnet('dresnet101_gauss', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dresnet18_cifar(pretrained: bool = False, **kwargs) -> DResNet:
+    """DResNet-18 with a stem for small images."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), stem_type='cifar')
+    return _create_dresnet('dresnet18_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dresnet20_cifar(pretrained: bool = False, **kwargs) -> DResNet:
+    """DResNet-20 for CIFAR, three stages of 16, 32 and 64 channels."""
+    model_args = dict(block=BasicBlock, layers=(3, 3, 3), channels=(16, 32, 64), stem_type='cifar')
+    return _create_dresnet('dresnet20_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dresnet56_cifar(pretrained: bool = False, **kwargs) -> DResNet:
+    """DResNet-56 for CIFAR, three stages of 16, 32 and 64 channels."""
+    model_args = dict(block=BasicBlock, layers=(9, 9, 9), channels=(16, 32, 64), stem_type='cifar')
+    return _create_dresnet('dresnet56_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_dresnet(pretrained: bool = False, **kwargs) -> DResNet:
+    """A tiny DResNet for tests."""
+    model_args = dict(block=BasicBlock, layers=(1, 2, 2, 1), channels=(16, 24, 32, 48), stem_type='cifar')
+    return _create_dresnet('test_dresnet', pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,100 @@
+"""The gate functions F of learned connections, each from a weight array to one value per connection.
+
+Proposed in `An improve on ResNet: Introduces dynamic connections` -
+https://github.com/Mao-chuan/An_improve_on_ResNet--Introduces_dynamic_connections
+"""
+import math
+
+import torch
+import torch.nn as nn
+
+__all__ = ['GATES', 'SigmoidGate', 'GaussGate', 'LinearGate', 'create_gate']
+
+
+def _check_open_unit_interval(gate: str, init: float, why: str) -> None:
+    if not 0. < init < 1.:
+        raise ValueError(f"gate_init must lie between 0 and 1, both excluded, for gate='{gate}' ({why}), got {init}.")
+
+
+class SigmoidGate(nn.Module):
+    """F(w) = 1 / (1 + exp(-w))."""
+
+    def __init__(self, size: int, init: float = 0.5, device=None, dtype=None) -> None:
+        """
+        Args:
+            size: Length of the weight array, one weight for each connection.
+            init: Gate value F(w) to start from.
+
+        Raises:
+            ValueError: If ``init`` is not a value of the gate.
+        """
+        super().__init__()
+        _check_open_unit_interval('sigmoid', init, 'it has no other values')
+        self.weight = nn.Parameter(torch.full((size,), math.log(init / (1. - init)), device=device, dtype=dtype))
+
+    def forward(self) -> torch.Tensor:
+        """Gate values, `[size]`."""
+        return self.weight.sigmoid()
+
+
+class GaussGate(nn.Module):
+    """F(w) = exp(-k w^2), with one trained sharpness k > 0 for the whole weight array.
+
+    k is kept positive by training its logarithm.
+    """
+
+    def __init__(self, size: int, init: float = 0.5, device=None, dtype=None) -> None:
+        """
+        Args:
+            size: Length of the weight array, one weight for each connection.
+            init: Gate value F(w) to start from.
+
+        Raises:
+            ValueError: If ``init`` is not a value of the gate, or is 1, where its slope is 0 and nothing would train.
+        """
+        super().__init__()
+        _check_open_unit_interval('gauss', init, 'at 1 its slope is 0 and it would never train')
+        sharpness = 10.  # the value its author drew it with
+        weight = math.sqrt(-math.log(init) / sharpness)
+        self.weight = nn.Parameter(torch.full((size,), weight, device=device, dtype=dtype))
+        self.log_sharpness = nn.Parameter(torch.full((), math.log(sharpness), device=device, dtype=dtype))
+
+    def forward(self) -> torch.Tensor:
+        """Gate values, `[size]`."""
+        return torch.exp(-self.log_sharpness.exp() * self.weight.square())
+
+
+class LinearGate(nn.Module):
+    """F(w) = w, unbounded. Its author advises against it; it is here to compare with."""
+
+    def __init__(self, size: int, init: float = 0.5, device=None, dtype=None) -> None:
+        """
+        Args:
+            size: Length of the weight array, one weight for each connection.
+            init: Gate value F(w) to start from.
+        """
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((size,), float(init), device=device, dtype=dtype))
+
+    def forward(self) -> torch.Tensor:
+        """Gate values, `[size]`."""
+        return self.weight
+
+
+GATES = {'sigmoid': SigmoidGate, 'gauss': GaussGate, 'linear': LinearGate}
+
+
+def create_gate(gate: str, size: int, init: float = 0.5, device=None, dtype=None) -> nn.Module:
+    """Create the gate function of one block's weight array.
+
+    Args:
+        gate: Name of the function, a key of `GATES`.
+        size: Length of the weight array.
+        init: Gate value to start from.
+
+    Raises:
+        ValueError: If ``gate`` or ``init`` is not one of the choices.
+    """
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {', '.join(map(repr, GATES))}, got {gate!r}.")
+    return GATES[gate](size, init, device=device, dtype=dtype)

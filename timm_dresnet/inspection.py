@@ -1,0 +1,110 @@
+"""What a network's learned connections have become: as records and as a picture."""
+from pathlib import Path
+from typing import Any, Dict, List, Union
+
+import torch
+import torch.nn as nn
+
+from .adaresnet import AdaResNet
+from .dresnet import DResNet
+
+__all__ = ['connections', 'plot_connections']
+
+
+def _block_names(model: nn.Module) -> List[str]:
+    return [f'{stage}.{i}' for stage in model.stage_names for i in range(len(getattr(model, stage)))]
+
+
+@torch.no_grad()
+def connections(model: nn.Module) -> List[Dict[str, Any]]:
+    """List the learned connections of a network.
+
+    Args:
+        model: A DResNet or an AdaResNet.
+
+    Returns:
+        One record for each connection, in the order of targets, then sources. Blocks are numbered from 1.
+
+        * DResNet: ``target``, ``source``, ``target_name``, ``source_name``, ``gate`` (value F(w)), ``weight`` (w) and
+          ``sharpness`` (k, for Gauss gates).
+        * AdaResNet: ``target``, ``target_name``, ``kind`` ('identity' or 'projection') and ``alpha``.
+
+    Raises:
+        ValueError: If the model has no learned connections.
+    """
+    if isinstance(model, AdaResNet):
+        return [
+            dict(
+                target=i,
+                target_name=name,
+                kind='identity' if block.downsample is None else 'projection',
+                alpha=block.skip_weight.alpha.item(),
+            )
+            for i, name in enumerate(_block_names(model), start=1)
+            for block in [model.get_submodule(name)]
+        ]
+    if not isinstance(model, DResNet):
+        raise ValueError(f'connections are learned in a DResNet or an AdaResNet, got a {type(model).__name__}.')
+    names = _block_names(model)
+    records = []
+    for stage in model.connections.values():
+        for i in stage.targets:
+            gate = stage.gates[str(i)]
+            for k, (weight, value) in enumerate(zip(gate.weight.tolist(), gate().tolist()), start=1):
+                record = dict(
+                    target=i, source=k, target_name=names[i - 1], source_name=names[k - 1], gate=value, weight=weight)
+                if hasattr(gate, 'log_sharpness'):
+                    record['sharpness'] = gate.log_sharpness.exp().item()
+                records.append(record)
+    return records
+
+
+def plot_connections(model: nn.Module, path: Union[str, Path]) -> None:
+    """Draw a network's learned connections: gates of targets against sources, or the skip weight of each block.
+
+    Args:
+        model: A DResNet or an AdaResNet.
+        path: Where to write the picture; the ending tells the format.
+
+    Raises:
+        ValueError: If the model has no learned connections.
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+    from matplotlib.colors import CenteredNorm
+
+    records = connections(model)
+    names = _block_names(model)
+    size = 2.2 + 0.3 * len(names)
+    if isinstance(model, AdaResNet):
+        figure = Figure(figsize=(size, 3.6), layout='constrained')
+        axes = figure.subplots()
+        kinds = {'identity': 'tab:blue', 'projection': 'tab:orange'}
+        for kind, color in kinds.items():
+            chosen = [record for record in records if record['kind'] == kind]
+            axes.bar(
+                [record['target'] for record in chosen], [record['alpha'] for record in chosen], color=color, label=kind)
+        axes.axhline(0, color='black', linewidth=0.8)
+        axes.axhline(1, color='grey', linewidth=0.8, linestyle='--')
+        axes.set_xticks(range(1, len(names) + 1), names, rotation=90)
+        axes.set(title='Skip weights', ylabel='alpha (1: a ResNet)')
+        axes.legend()
+    else:
+        gates = torch.full((len(names), len(names)), float('nan'))
+        for record in records:
+            gates[record['target'] - 1, record['source'] - 1] = record['gate']
+        gates = gates[2:, :-2].numpy()
+        figure = Figure(figsize=(size, size - 0.6), layout='constrained')
+        axes = figure.subplots()
+        bounded = all(0 <= record['gate'] <= 1 for record in records)
+        scale = dict(cmap='viridis', vmin=0, vmax=1) if bounded else dict(cmap='RdBu_r', norm=CenteredNorm())
+        image = axes.imshow(gates, **scale)
+        figure.colorbar(image, label='gate F(w)', shrink=0.8)
+        axes.set_xticks(range(len(names) - 2), names[:-2], rotation=90)
+        axes.set_yticks(range(len(names) - 2), names[2:])
+        starts = [i for i, name in enumerate(names) if name.endswith('.0')][1:]
+        for start in starts:  # where a new stage begins, among sources and among targets
+            axes.axvline(start - 0.5, color='grey', linewidth=0.8) if start < len(names) - 2 else None
+            axes.axhline(start - 2.5, color='grey', linewidth=0.8) if start > 2 else None
+        axes.set(title='Learned connections', xlabel='from block', ylabel='into block')
+    figure.savefig(path, dpi=150)
