@@ -85,6 +85,8 @@ class AdaResNet(ResNet):
         }
         if skip_weight not in groups:
             raise ValueError(f"skip_weight must be one of {', '.join(map(repr, groups))}, got {skip_weight!r}.")
+        if not isinstance(skip_init, (int, float)):
+            raise ValueError(f'skip_init must be a number, got {skip_init!r}.')
         if zero_init_last and skip_init == 0:
             raise ValueError('zero_init_last must be False or None with skip_init=0: branch and shortcut would both '
                              'start at 0, and no gradient would ever reach the network.')

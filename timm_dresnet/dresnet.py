@@ -76,7 +76,7 @@ class DResNet(ResNet):
         Raises:
             ValueError: If an argument is not one of the choices.
         """
-        if connection_rank is not None and (not isinstance(connection_rank, int) or connection_rank < 1):
+        if connection_rank is not None and (type(connection_rank) is not int or connection_rank < 1):
             raise ValueError(f'connection_rank must be None or a whole number from 1 on, got {connection_rank!r}.')
         super().__init__(block, layers, norm_layer=norm_layer, device=device, dtype=dtype, **kwargs)
 

@@ -13,7 +13,7 @@ __all__ = ['GATES', 'SigmoidGate', 'GaussGate', 'LinearGate', 'create_gate']
 
 def _check_open_unit_interval(gate: str, init: float, why: str) -> None:
     if not 0. < init < 1.:
-        raise ValueError(f"gate_init must lie between 0 and 1, both excluded, for gate='{gate}' ({why}), got {init}.")
+        raise ValueError(f'gate_init must lie between 0 and 1, both excluded, for gate={gate!r} ({why}), got {init}.')
 
 
 class SigmoidGate(nn.Module):
@@ -93,8 +93,10 @@ def create_gate(gate: str, size: int, init: float = 0.5, device=None, dtype=None
         init: Gate value to start from.
 
     Raises:
-        ValueError: If ``gate`` or ``init`` is not one of the choices.
+        ValueError: If ``gate`` is not one of the choices, or ``init`` not a value that it can start from.
     """
+    if not isinstance(init, (int, float)):
+        raise ValueError(f'gate_init must be a number, got {init!r}.')
     if gate not in GATES:
         raise ValueError(f"gate must be one of {', '.join(map(repr, GATES))}, got {gate!r}.")
     return GATES[gate](size, init, device=device, dtype=dtype)

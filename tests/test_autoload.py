@@ -1,0 +1,98 @@
+"""Registration in fresh interpreters, against an installed wheel and an editable install."""
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CREATE = "timm.create_model('dresnet18', device='meta')"
+IS_OURS = "assert 'dresnet18' in timm.list_models(), 'not registered'"
+
+
+@pytest.fixture(scope='module', params=['wheel', 'editable'])
+def python(request, tmp_path_factory):
+    """An interpreter of its own, with this package installed and all others borrowed from the environment of the tests."""
+    folder = tmp_path_factory.mktemp(request.param)
+    venv.create(folder / 'env', symlinks=True)
+    python = folder / 'env' / 'bin' / 'python'
+    site = subprocess.run(
+        [python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'], check=True, capture_output=True,
+        text=True).stdout.strip()
+    Path(site, 'borrowed.pth').write_text(sysconfig.get_path('purelib'))
+    pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check']
+    options = ['--quiet', '--no-deps', '--no-build-isolation']
+    if request.param == 'wheel':
+        subprocess.run([*pip, 'wheel', *options, '--wheel-dir', folder, ROOT], check=True)
+        wheel, = folder.glob('*.whl')
+        subprocess.run([*pip, '--python', python, 'install', '--quiet', '--no-deps', wheel], check=True)
+    else:
+        subprocess.run([*pip, '--python', python, 'install', *options, '--editable', ROOT], check=True)
+    return python
+
+
+def run(python, code, tmp_path, **env):
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | env
+    return subprocess.run([python, '-W', 'always', '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('code', [
+    f'import timm; {CREATE}',
+    f'import torch, sys; assert not {{"timm", "timm_dresnet"}} & set(sys.modules); import timm; {CREATE}',
+    f'import timm, timm_dresnet; {CREATE}',
+    f'import timm_dresnet, timm_dresnet, timm; {CREATE}',
+    'from timm.models import create_model; create_model("dresnet18", device="meta")',
+    f'import timm.data, timm; {CREATE}',
+], ids=['timm', 'torch first', 'timm first', 'timm_dresnet first', 'timm.models', 'timm.data'])
+def test_registered(python, code, tmp_path):
+    code += '; import inspect, timm.models; assert inspect.getsource(timm.models)'  # the hook leaves the loader as it was
+    done = run(python, code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'timm-dresnet' not in done.stderr
+
+
+def test_switched_off(python, tmp_path):
+    code = f'import timm; assert "dresnet18" not in timm.list_models(); import timm_dresnet; {IS_OURS}'
+    done = run(python, code, tmp_path, TIMM_DRESNET_AUTOLOAD='0')
+    assert done.returncode == 0, done.stderr
+
+
+def test_broken_package_breaks_nothing_else(python, tmp_path):
+    (tmp_path / 'timm_dresnet').mkdir()
+    (tmp_path / 'timm_dresnet' / '__init__.py').write_text('raise OSError("broken on purpose")')
+    done = run(python, 'import torch; print(torch.ones(1).item())', tmp_path, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, '1.0\n', '')
+    done = run(python, 'import timm; timm.create_model("resnet18", device="meta")', tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count('timm-dresnet could not register') == 1 and 'broken on purpose' in done.stderr
+
+
+def test_import_of_timm_that_fails_can_be_tried_again(python, tmp_path):
+    """The hook stays until timm.models has been imported."""
+    code = f'''
+import sys, torch
+sys.modules['timm.layers'] = None
+try:
+    import timm
+except ImportError:
+    del sys.modules['timm.layers']
+import timm
+{IS_OURS}
+'''
+    done = run(python, code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_wheel_holds_the_package_and_nothing_else(tmp_path):
+    import zipfile
+    subprocess.run([
+        sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--wheel-dir', tmp_path,
+        ROOT], check=True)
+    wheel, = tmp_path.glob('timm_dresnet-*.whl')
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split('/')[0].split('-')[0] for name in names} == {
+        'timm_dresnet', 'timm_dresnet_autoload.py'}
+    assert 'timm_dresnet/py.typed' in names

@@ -1,0 +1,354 @@
+"""Every registered model keeps the contract of a timm model."""
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file, save_file
+from timm.optim import create_optimizer_v2
+
+import timm_dresnet
+
+MODELS = [
+    f'{family}{depth}' for family, depths in {
+        'dresnet': ['18', '18_gauss', '34', '34_gauss', '50', '50_gauss', '101', '101_gauss', '18_cifar', '20_cifar',
+                    '56_cifar'],
+        'adaresnet': ['18', '34', '50', '101', '152', '18_cifar', '20_cifar', '56_cifar', '110_cifar'],
+        'plainnet': ['18', '34', '18_cifar', '20_cifar', '56_cifar'],
+        'resnet': ['18_cifar', '20_cifar', '56_cifar'],
+        'test_dresnet': [''], 'test_adaresnet': [''],
+    }.items() for depth in depths
+]
+DEEP = {'dresnet34_gauss', 'dresnet50_gauss', 'dresnet101', 'dresnet101_gauss', 'dresnet56_cifar', 'adaresnet56_cifar',
+        'adaresnet101', 'adaresnet152', 'adaresnet110_cifar'}
+
+
+def models(slow=()):
+    return pytest.mark.parametrize(
+        'name', [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in MODELS])
+
+
+def create(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs)
+
+
+def images(model_or_channels=3, batch=2, size=64):
+    return torch.randn(batch, model_or_channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def assert_close(actual, expected):
+    """Equal to float precision, relative to the largest: untrained networks can put out large numbers in eval mode."""
+    scale = expected.abs().max()
+    assert scale.isfinite() and scale > 0
+    torch.testing.assert_close(actual / scale, expected / scale, rtol=1e-4, atol=1e-5)
+
+
+def test_all_models_are_listed():
+    modules = ('adaresnet', 'dresnet', 'plainnet')
+    listed = {name for module in modules for name in timm.list_models(module=module)}
+    assert listed | {'resnet18_cifar', 'resnet20_cifar', 'resnet56_cifar'} == set(MODELS)
+    assert all(callable(getattr(timm_dresnet, name)) for name in MODELS)
+
+
+@models()
+def test_forward_and_backward(name):
+    model = create(name)
+    output = model(images())
+    assert output.shape == (2, model.num_classes)
+    output.square().mean().backward()
+    gradient = model.conv1.weight.grad
+    assert gradient.isfinite().all() and (gradient != 0).any()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+    assert not [n for n, p in model.named_parameters() if not p.grad.isfinite().all()]
+
+
+@models()
+def test_features_only(name):
+    full = create(name).eval()
+    model = create(name, features_only=True).eval()
+    x = images()
+    features = model(x)
+    expected = full.forward_intermediates(x, intermediates_only=True)
+    assert len(features) == len(full.stage_names) + 1
+    for feature, e, channels, reduction in zip(
+            features, expected, model.feature_info.channels(), model.feature_info.reduction()):
+        assert_close(feature, e)
+        assert feature.shape == (2, channels, -(-64 // reduction), -(-64 // reduction))
+
+
+@models()
+def test_features_of_fewer_stages(name):
+    model = create(name, features_only=True, out_indices=(1, 2)).eval()
+    features = model(images())
+    for feature, expected in zip(features, create(name).eval().forward_intermediates(images(), (1, 2))[1]):
+        assert_close(feature, expected)
+    sum(feature.mean() for feature in features).backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]  # what is not used is gone
+
+
+@models()
+def test_forward_intermediates(name):
+    model = create(name).eval()
+    x = images()
+    features = model.forward_features(x)
+    final, intermediates = model.forward_intermediates(x)
+    assert_close(final, features)
+    assert_close(intermediates[-1], features)
+    last = model.forward_intermediates(x, [-2], stop_early=True, intermediates_only=True)
+    assert_close(last[0], intermediates[-2])
+    assert_close(model.forward_head(features), model(x))
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+
+
+@models()
+def test_classifier(name):
+    model = create(name).eval()
+    x = images()
+    assert model.get_classifier() is model.fc and model.get_classifier(name_only=True) == 'fc'
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+    model.reset_classifier(0, '')
+    assert_close(model(x), model.forward_features(x))
+    assert create(name, num_classes=0).eval()(x).shape == (2, model.num_features)
+
+
+@models()
+def test_one_input_channel(name):
+    assert create(name, in_chans=1).eval()(images(1)).isfinite().all()
+
+
+@models()
+def test_gradient_checkpointing(name):
+    model = create(name).double()
+    reference = copy.deepcopy(model)
+    model.set_grad_checkpointing()
+    x = images().double()
+    model(x).square().mean().backward()
+    reference(x).square().mean().backward()
+    for (n, p), q in zip(model.named_parameters(), reference.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, msg=lambda m: f'{n}: {m}')
+
+
+@models()
+def test_copy_pickle_and_safetensors(name, tmp_path):
+    model = create(name).eval()
+    x = images()
+    expected = model(x)
+    assert_close(copy.deepcopy(model)(x), expected)
+    assert_close(pickle.loads(pickle.dumps(model))(x), expected)
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    torch.manual_seed(1)
+    other = timm.create_model(name).eval()
+    other.load_state_dict(load_file(tmp_path / 'model.safetensors'))
+    assert torch.equal(other(x), expected)
+
+
+@models()
+def test_meta_device(name):
+    model = timm.create_model(name, device='meta')
+    assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    source = create(name).eval()
+    model.to_empty(device='cpu').load_state_dict(source.state_dict())
+    assert_close(model.eval()(images()), source(images()))
+
+
+@models()
+def test_dtype_and_autocast(name):
+    model = timm.create_model(name, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(images().bfloat16()).dtype == torch.bfloat16
+    model = create(name)
+    gates = [m for m in model.modules() if type(m) in timm_dresnet.GATES.values()]
+    for gate in gates:
+        gate.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    dtypes = set()
+    with torch.autocast('cpu', torch.bfloat16):
+        output = model(images())
+    assert output.dtype == torch.bfloat16 and dtypes <= {torch.float32}
+    output.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@models()
+def test_channels_last(name):
+    model = create(name).eval()
+    reference = copy.deepcopy(model)
+    x = images()
+    assert_close(model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last)), reference(x))
+
+
+@models(slow=DEEP)
+def test_compile_without_graph_breaks(name):
+    model = create(name)
+    reference = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    output, expected = compiled(images()), reference(images())
+    assert_close(output, expected)
+    output.square().mean().backward()
+    expected.square().mean().backward()
+    assert_close(model.conv1.weight.grad, reference.conv1.weight.grad)
+    for (n, b), e in zip(model.named_buffers(), reference.buffers()):
+        torch.testing.assert_close(b, e, rtol=1e-4, atol=1e-4, msg=lambda m: f'{n}: {m}')
+
+
+@pytest.mark.parametrize('name', ['test_dresnet', 'test_adaresnet'])
+def test_compile_with_inductor(name):
+    model = create(name).eval()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert_close(torch.compile(model, fullgraph=True)(images()), model(images()))
+
+
+@models(slow=DEEP)
+def test_export_and_onnx(name, tmp_path):
+    import onnxruntime
+    model = create(name).eval()
+    x = images()
+    expected = model(x).detach()
+    program = torch.export.export(model, (x,))
+    assert_close(program.module()(x), expected)
+    path = tmp_path / 'model.onnx'
+    torch.onnx.export(program, dynamo=True, verbose=False).save(path)
+    session = onnxruntime.InferenceSession(path)
+    assert_close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), expected)
+
+
+@models(slow=DEEP)
+@pytest.mark.filterwarnings('ignore:`torch.jit:FutureWarning')
+def test_torchscript_trace(name):
+    model = create(name).eval()
+    traced = torch.jit.trace(model, images(), check_trace=False)
+    assert_close(traced(images(batch=3)), model(images(batch=3)))
+
+
+@pytest.mark.parametrize('name', ['dresnet18', 'dresnet50', 'adaresnet18', 'plainnet18'])
+@pytest.mark.parametrize('output_stride', [8, 16])
+def test_output_stride(name, output_stride):
+    model = create(name, output_stride=output_stride, features_only=True).eval()
+    assert model.feature_info.reduction()[-1] == output_stride
+    assert model(images())[-1].shape[-1] == 64 // output_stride
+
+
+@pytest.mark.parametrize('name', ['dresnet18_cifar', 'dresnet20_cifar'])
+def test_output_stride_for_small_images(name):
+    model = create(name, output_stride=2).eval()
+    assert model.forward_features(images(size=32)).shape[-1] == 16
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(drop_rate=0.1), dict(drop_path_rate=0.1), dict(drop_block_rate=0.1), dict(act_layer='gelu'),
+    dict(global_pool='catavgmax'), dict(stem_type='deep', stem_width=32), dict(avg_down=True),
+    dict(replace_stem_pool=True), dict(block_args=dict(attn_layer='se')), dict(norm_layer='groupnorm'),
+    dict(aa_layer=timm.layers.BlurPool2d),
+], ids=lambda kwargs: next(iter(kwargs)))
+@pytest.mark.parametrize('name', ['dresnet18', 'adaresnet50'])
+def test_arguments_of_resnet(name, kwargs):
+    model = create(name, **kwargs)
+    model(images(batch=4)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('name,kwargs,words', [
+    ('dresnet18', dict(gate='sigmod'), ['gate', 'sigmoid', 'gauss', 'linear', 'sigmod']),
+    ('dresnet18', dict(gate_init=1.), ['gate_init', '1.0']),
+    ('dresnet18', dict(gate_init=-0.2), ['gate_init', '-0.2']),
+    ('dresnet18', dict(gate_init='x'), ['gate_init', 'x']),
+    ('dresnet18_gauss', dict(gate_init=1.), ['gate_init', 'slope']),
+    ('dresnet18', dict(connection_rank=0), ['connection_rank', '0']),
+    ('dresnet18', dict(connection_rank=2.5), ['connection_rank', '2.5']),
+    ('dresnet18', dict(connection_rank=True), ['connection_rank', 'True']),
+    ('dresnet18', dict(stem_type='cifra'), ['stem_type', 'cifar', 'cifra']),
+    ('dresnet18', dict(output_stride=7), ['output_stride', '8, 16, 32', '7']),
+    ('dresnet20_cifar', dict(output_stride=8), ['output_stride', '2, 4, 32', '8']),
+    ('dresnet18', dict(layers=(2, 2)), ['layers', 'channels']),
+    ('adaresnet18', dict(skip_weight='x'), ['skip_weight', 'per_block', 'per_kind', 'shared', 'x']),
+    ('adaresnet18', dict(skip_init='x'), ['skip_init', 'x']),
+    ('adaresnet18', dict(zero_init_last=True), ['zero_init_last', 'skip_init']),
+    ('plainnet18', dict(zero_init_last=True), ['zero_init_last']),
+    ('plainnet18', dict(drop_path_rate=0.1), ['drop_path_rate']),
+])
+def test_wrong_arguments(name, kwargs, words):
+    with pytest.raises(ValueError) as error:
+        timm.create_model(name, **kwargs)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize('name', ['dresnet18_gauss', 'adaresnet18', 'dresnet50'])
+def test_gates_and_skip_weights_do_not_decay(name):
+    model = create(name)
+    names = {n for n, _ in model.named_parameters() if '.gates.' in n or n.endswith('.alpha')}
+    assert names and model.no_weight_decay() == names
+    optimizer = create_optimizer_v2(model, 'sgd', lr=0.1, weight_decay=0.1, filter_bias_and_bn=False)
+    decay = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
+    assert all((decay[id(p)] == 0.1) == (n not in names) for n, p in model.named_parameters())
+
+
+@models()
+def test_layer_decay_groups(name):
+    from timm.models import group_parameters
+    model = create(name, device='meta')
+    depth = sum(len(getattr(model, stage)) for stage in model.stage_names)
+    for coarse, count in ((False, depth + 2), (True, len(model.stage_names) + 2)):
+        groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+        assert len(set(groups.values())) == count
+        for n, group in groups.items():
+            if n.startswith('connections.layer'):
+                stage = n.split('.')[1]
+                assert group == groups[f'{stage}.0.conv1.weight']
+    optimizer = create_optimizer_v2(model, 'adamw', lr=0.1, weight_decay=0.1, layer_decay=0.5)
+    assert {group['lr_scale'] for group in optimizer.param_groups} == {0.5 ** i for i in range(depth + 2)}
+
+
+def test_hooks_see_every_block_and_stage():
+    model = create('dresnet18').eval()
+    seen = {}
+    for name in ['layer1', 'layer1.1', 'layer4', 'layer4.1', 'connections.layer3']:
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: seen.update({name: output.shape}))
+    model(images())
+    assert seen['layer1'] == seen['layer1.1'] == (2, 64, 16, 16)
+    assert seen['layer4'] == seen['layer4.1'] == (2, 512, 2, 2)
+    assert seen['connections.layer3'] == (2, 256, 4, 4)
+
+
+@pytest.mark.parametrize('feature_cls', ['hook', 'fx'])
+def test_other_feature_extractors(feature_cls):
+    full = create('dresnet18').eval()
+    if feature_cls == 'hook':
+        model = create('dresnet18', features_only=True, feature_cls='hook').eval()
+        features = model(images())
+    else:
+        from torchvision.models.feature_extraction import create_feature_extractor
+        extractor = create_feature_extractor(full, {'layer1.1.act2': 'a', 'layer4.1.act2': 'b'})
+        features = [None, extractor(images())['a'], None, None, extractor(images())['b']]
+    for feature, expected in zip(features, full.forward_intermediates(images(), intermediates_only=True)):
+        if feature is not None:
+            assert_close(feature, expected)
+
+
+def test_sequential_feature_extractor_is_refused():
+    """It would run the stages one after another and leave the connections out."""
+    model = create('dresnet18', features_only=True, feature_cls='list')
+    with pytest.raises(TypeError, match='flow'):
+        model(images())
+
+
+def test_same_seed_same_trunk():
+    """A seed gives a DResNet the very trunk it gives a ResNet, which makes comparisons paired."""
+    trunk = create('resnet18').state_dict()
+    state = create('dresnet18').state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in trunk.items())
+
+
+@pytest.mark.parametrize('name', ['dresnet20_cifar', 'test_dresnet'])
+def test_sync_batch_norm(name):
+    """Conversion keeps the gates: on one CPU the converted network runs in eval mode and must agree."""
+    model = create(name).eval()
+    expected = model(images())
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).eval()
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in converted.connections.modules())
+    assert_close(converted(images()), expected)
