@@ -100,11 +100,19 @@ def plot_connections(model: nn.Module, path: Union[str, Path]) -> None:
         scale = dict(cmap='viridis', vmin=0, vmax=1) if bounded else dict(cmap='RdBu_r', norm=CenteredNorm())
         image = axes.imshow(gates, **scale)
         figure.colorbar(image, label='gate F(w)', shrink=0.8)
+        if len(names) <= 16:  # room for numbers
+            for record in records:
+                red, green, blue, _ = image.to_rgba(record['gate'])
+                axes.text(
+                    record['source'] - 1, record['target'] - 3, f'{record["gate"]:.2f}', ha='center', va='center',
+                    fontsize=7, color='black' if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else 'white')
         axes.set_xticks(range(len(names) - 2), names[:-2], rotation=90)
         axes.set_yticks(range(len(names) - 2), names[2:])
         starts = [i for i, name in enumerate(names) if name.endswith('.0')][1:]
         for start in starts:  # where a new stage begins, among sources and among targets
-            axes.axvline(start - 0.5, color='grey', linewidth=0.8) if start < len(names) - 2 else None
-            axes.axhline(start - 2.5, color='grey', linewidth=0.8) if start > 2 else None
+            if start < len(names) - 2:
+                axes.axvline(start - 0.5, color='grey', linewidth=0.8)
+            if start > 2:
+                axes.axhline(start - 2.5, color='grey', linewidth=0.8)
         axes.set(title='Learned connections', xlabel='from block', ylabel='into block')
     figure.savefig(path, dpi=150)

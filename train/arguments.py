@@ -1,0 +1,143 @@
+"""The arguments of a training run: those of timm's train.py by the same names, from a YAML recipe and the command line."""
+import argparse
+import difflib
+from pathlib import Path
+from typing import List, Optional
+
+import torch
+import yaml
+from timm.utils import ParseKwargs
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """The parser of `python -m train`."""
+    parser = argparse.ArgumentParser(
+        prog='python -m train', usage='python -m train [--config FILE] [options]', description="Train an image classifier with timm's recipe.",
+        epilog='example: python -m train --config train/recipes/digits.yaml --epochs 5',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML recipe; the command line overrides it')
+
+    group = parser.add_argument_group('data')
+    group.add_argument('--data-dir', metavar='DIR', help='folder of the data set')
+    group.add_argument('--dataset', default='', metavar='NAME',
+                       help="as in timm ('' for ImageFolder, torch/cifar10, ...), or digits: scikit-learn's 1,797 "
+                            "handwritten digits, which need no download")
+    group.add_argument('--dataset-download', action='store_true', help='let timm download the data set')
+    group.add_argument('--train-split', default='train', metavar='NAME', help='split to train on')
+    group.add_argument('--val-split', default='validation', metavar='NAME', help='split to measure on')
+    group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='processes that load images')
+    group.add_argument('--pin-mem', action='store_true', help='pin memory, for a faster copy to the GPU')
+
+    group = parser.add_argument_group('model')
+    group.add_argument('--model', default='dresnet18', metavar='NAME', help='architecture, any of timm.list_models()')
+    group.add_argument('--pretrained', action='store_true', help='start from the pretrained weights of the model')
+    group.add_argument('--num-classes', type=int, metavar='N', help='number of classes (the model default if not set)')
+    group.add_argument('--in-chans', type=int, metavar='N', help='number of image channels (3 if not set)')
+    group.add_argument('--img-size', type=int, metavar='N', help='image size (the model default if not set)')
+    group.add_argument('--mean', type=float, nargs='+', metavar='X', help='mean pixel value (model default if not set)')
+    group.add_argument('--std', type=float, nargs='+', metavar='X', help='its standard deviation')
+    group.add_argument('--crop-pct', type=float, metavar='X', help='center crop, for validation only')
+    group.add_argument('--interpolation', default='', metavar='NAME', help='resize interpolation for validation')
+    group.add_argument('--drop', type=float, default=0., metavar='X', help='dropout before the classifier')
+    group.add_argument('--drop-path', type=float, metavar='X', help='stochastic depth')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+                       help='other arguments of the model, such as gate=gauss')
+
+    group = parser.add_argument_group('optimizer')
+    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images in a batch')
+    group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N', help='the same for validation')
+    group.add_argument('--opt', default='sgd', metavar='NAME', help='optimizer, any of timm.optim.list_optimizers()')
+    group.add_argument('--opt-eps', type=float, metavar='X', help='epsilon (optimizer default if not set)')
+    group.add_argument('--opt-betas', type=float, nargs='+', metavar='X', help='betas (optimizer default if not set)')
+    group.add_argument('--momentum', type=float, default=0.9, metavar='X', help='momentum')
+    group.add_argument('--weight-decay', type=float, default=2e-5, metavar='X', help='weight decay')
+    group.add_argument('--layer-decay', type=float, metavar='X', help='decay of the learning rate from layer to layer')
+    group.add_argument('--clip-grad', type=float, metavar='X', help='clip gradients at this value')
+    group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='how to clip')
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+                       help='other arguments of the optimizer')
+
+    group = parser.add_argument_group('learning rate')
+    group.add_argument('--lr', type=float, metavar='X', help='learning rate (from --lr-base if not set)')
+    group.add_argument('--lr-base', type=float, default=0.1, metavar='X', help='learning rate for --lr-base-size images')
+    group.add_argument('--lr-base-size', type=int, default=256, metavar='N', help='batch size that --lr-base is for')
+    group.add_argument('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'),
+                       help="how lr follows the batch size; '': sqrt for Ada* and LAMB, else linear")
+    group.add_argument('--sched', default='cosine', metavar='NAME', help='schedule of the learning rate')
+    group.add_argument('--sched-on-updates', action='store_true', help='step the schedule every update')
+    group.add_argument('--epochs', type=int, default=300, metavar='N', help='number of epochs')
+    group.add_argument('--warmup-epochs', type=int, default=5, metavar='N', help='epochs of warm-up')
+    group.add_argument('--warmup-lr', type=float, default=1e-5, metavar='X', help='learning rate to warm up from')
+    group.add_argument('--warmup-prefix', action='store_true', help='warm-up comes on top of --epochs')
+    group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help='epochs at --min-lr at the end')
+    group.add_argument('--min-lr', type=float, default=0., metavar='X', help='lowest learning rate')
+    group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N',
+                       help='epochs at which a multistep schedule decays')
+    group.add_argument('--decay-epochs', type=float, default=90, metavar='N', help='interval of a step schedule')
+    group.add_argument('--decay-rate', type=float, default=0.1, metavar='X', help='factor of step and multistep')
+
+    group = parser.add_argument_group('augmentation and regularization')
+    group.add_argument('--no-aug', action='store_true', help='no augmentation at all')
+    group.add_argument('--train-crop-mode', metavar='NAME', help='rrc, rkrc or rkrr (rrc if not set)')
+    group.add_argument('--scale', type=float, nargs=2, default=[0.08, 1.0], metavar='X', help='area of random crops')
+    group.add_argument('--ratio', type=float, nargs=2, default=[3. / 4., 4. / 3.], metavar='X', help='their aspect ratio')
+    group.add_argument('--hflip', type=float, default=0.5, metavar='X', help='chance of a horizontal flip')
+    group.add_argument('--vflip', type=float, default=0., metavar='X', help='chance of a vertical flip')
+    group.add_argument('--color-jitter', type=float, default=0.4, metavar='X', help='color jitter')
+    group.add_argument('--aa', metavar='NAME', help='AutoAugment policy, such as rand-m7-mstd0.5')
+    group.add_argument('--reprob', type=float, default=0., metavar='X', help='chance of random erasing')
+    group.add_argument('--remode', default='pixel', metavar='NAME', help='mode of random erasing')
+    group.add_argument('--recount', type=int, default=1, metavar='N', help='number of erased regions')
+    group.add_argument('--train-interpolation', default='random', metavar='NAME', help='resize interpolation')
+    group.add_argument('--mixup', type=float, default=0., metavar='X', help='Mixup alpha, off at 0')
+    group.add_argument('--cutmix', type=float, default=0., metavar='X', help='CutMix alpha, off at 0')
+    group.add_argument('--mixup-prob', type=float, default=1., metavar='X', help='chance of either')
+    group.add_argument('--mixup-switch-prob', type=float, default=0.5, metavar='X', help='chance of CutMix if both')
+    group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='how they are applied')
+    group.add_argument('--smoothing', type=float, default=0.1, metavar='X', help='label smoothing')
+    group.add_argument('--bce-loss', action='store_true', help='binary cross-entropy instead of softmax')
+    group.add_argument('--bce-target-thresh', type=float, metavar='X', help='threshold that makes its targets binary')
+
+    group = parser.add_argument_group('speed')
+    group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME',
+                       help='device to train on')
+    group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
+    group.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    group.add_argument('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='its lower precision')
+    group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')
+    group.add_argument('--grad-checkpointing', action='store_true', help='trade time for memory')
+
+    group = parser.add_argument_group('exponential moving average')
+    group.add_argument('--model-ema', action='store_true', help='keep a moving average of the weights, and publish it')
+    group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='X', help='its decay')
+    group.add_argument('--model-ema-warmup', action='store_true', help='let the decay warm up')
+
+    group = parser.add_argument_group('run')
+    group.add_argument('--seed', type=int, default=42, metavar='N', help='random seed')
+    group.add_argument('--output', default='output', metavar='DIR', help='folder for the folders of runs')
+    group.add_argument('--experiment', default='', metavar='NAME',
+                       help='name of the folder of this run (made from date and model if empty)')
+    group.add_argument('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'),
+                       help='what the best checkpoints are chosen by')
+    group.add_argument('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
+    return parser
+
+
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    """Parse the command line over the recipe that it names. What is wrong ends the program with one sentence."""
+    parser = create_parser()
+    config, _ = parser.parse_known_args(argv)
+    if config.config:
+        try:
+            recipe = yaml.safe_load(Path(config.config).read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+            parser.error(f'{config.config} cannot be read as a YAML recipe: {e}')
+        if not isinstance(recipe, dict):
+            parser.error(f'{config.config} must hold one "key: value" a line, not a {type(recipe).__name__}.')
+        known = set(vars(config)) - {'config'}
+        for key in set(recipe) - known:
+            near = difflib.get_close_matches(str(key), known)
+            parser.error(f'{config.config}: unknown key {key!r}'
+                         + (f', did you mean {" or ".join(near)}?' if near else '; see --help for all.'))
+        parser.set_defaults(**recipe)
+    return parser.parse_args(argv)
