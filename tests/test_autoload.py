@@ -45,8 +45,7 @@ def run(python, code, tmp_path, **env):
     f'import timm, timm_dresnet; {CREATE}',
     f'import timm_dresnet, timm_dresnet, timm; {CREATE}',
     'from timm.models import create_model; create_model("dresnet18", device="meta")',
-    f'import timm.data, timm; {CREATE}',
-], ids=['timm', 'torch first', 'timm first', 'timm_dresnet first', 'timm.models', 'timm.data'])
+], ids=['timm', 'torch first', 'timm first', 'timm_dresnet first', 'timm.models'])
 def test_registered(python, code, tmp_path):
     code += '; import inspect, timm.models; assert inspect.getsource(timm.models)'  # the hook leaves the loader as it was
     done = run(python, code, tmp_path)

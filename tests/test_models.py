@@ -21,13 +21,14 @@ MODELS = [
         'test_dresnet': [''], 'test_adaresnet': [''],
     }.items() for depth in depths
 ]
-DEEP = {'dresnet34_gauss', 'dresnet50_gauss', 'dresnet101', 'dresnet101_gauss', 'dresnet56_cifar', 'adaresnet56_cifar',
-        'adaresnet101', 'adaresnet152', 'adaresnet110_cifar'}
+# the shape of each family; the others repeat it, deeper or with another gate
+QUICK = {'dresnet18', 'dresnet50', 'dresnet20_cifar', 'adaresnet18', 'adaresnet50', 'plainnet18', 'resnet20_cifar',
+         'test_dresnet', 'test_adaresnet'}
 
 
-def models(slow=()):
+def models(quick=MODELS):
     return pytest.mark.parametrize(
-        'name', [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in MODELS])
+        'name', [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
 
 
 def create(name, **kwargs):
@@ -180,7 +181,7 @@ def test_channels_last(name):
     assert_close(model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last)), reference(x))
 
 
-@models(slow=DEEP)
+@models(quick=QUICK)
 def test_compile_without_graph_breaks(name):
     model = create(name)
     reference = copy.deepcopy(model)
@@ -203,7 +204,7 @@ def test_compile_with_inductor(name):
         assert_close(torch.compile(model, fullgraph=True)(images()), model(images()))
 
 
-@models(slow=DEEP)
+@models(quick=QUICK)
 def test_export_and_onnx(name, tmp_path):
     import onnxruntime
     model = create(name).eval()
@@ -217,7 +218,7 @@ def test_export_and_onnx(name, tmp_path):
     assert_close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), expected)
 
 
-@models(slow=DEEP)
+@models(quick=QUICK)
 @pytest.mark.filterwarnings('ignore:`torch.jit:FutureWarning')
 def test_torchscript_trace(name):
     model = create(name).eval()
