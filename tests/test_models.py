@@ -226,6 +226,19 @@ def test_torchscript_trace(name):
     assert_close(traced(images(batch=3)), model(images(batch=3)))
 
 
+@pytest.mark.parametrize('name', ['adaresnet18', 'adaresnet50', 'plainnet18', 'resnet20_cifar'])
+@pytest.mark.filterwarnings('ignore:`torch.jit:FutureWarning')
+def test_torchscript_script(name):
+    model = create(name).eval()
+    assert_close(torch.jit.script(model)(images()), model(images()))
+
+
+@pytest.mark.filterwarnings('ignore:`torch.jit:FutureWarning')
+def test_dresnet_says_that_it_cannot_be_scripted():
+    with pytest.raises(NotImplementedError, match='torch.export'):
+        torch.jit.script(create('test_dresnet'))
+
+
 @pytest.mark.parametrize('name', ['dresnet18', 'dresnet50', 'adaresnet18', 'plainnet18'])
 @pytest.mark.parametrize('output_stride', [8, 16])
 def test_output_stride(name, output_stride):
@@ -283,9 +296,9 @@ def test_gates_and_skip_weights_do_not_decay(name):
     model = create(name)
     names = {n for n, _ in model.named_parameters() if '.gates.' in n or n.endswith('.alpha')}
     assert names and model.no_weight_decay() == names
-    optimizer = create_optimizer_v2(model, 'sgd', lr=0.1, weight_decay=0.1, filter_bias_and_bn=False)
+    optimizer = create_optimizer_v2(model, 'sgd', lr=0.1, weight_decay=0.1)
     decay = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
-    assert all((decay[id(p)] == 0.1) == (n not in names) for n, p in model.named_parameters())
+    assert all((decay[id(p)] == 0.) == (n in names or p.ndim == 1) for n, p in model.named_parameters())
 
 
 @models()

@@ -62,7 +62,8 @@ def test_written_connections_are_the_models(digits_folder):
 @pytest.mark.parametrize('args', [
     ['--model', 'test_adaresnet', '--model-ema', '--model-ema-decay', 0.5, '--mixup', 0.2, '--bce-loss', '--amp',
      '--amp-dtype', 'bfloat16', '--opt', 'lamb', '--lr', 0.005, '--clip-grad', 1, '--workers', 0],
-    ['--model', 'resnet20_cifar', '--grad-checkpointing', '--layer-decay', 0.8, '--reprob', 0.2, '--aa', 'rand-m3'],
+    ['--model', 'resnet20_cifar', '--grad-checkpointing', '--layer-decay', 0.8, '--reprob', 0.2, '--aa', 'rand-m3',
+     '--torchcompile', 'aot_eager'],
     ['--model', 'test_dresnet', '--model-kwargs', 'gate=gauss', '--in-chans', 3, '--mean', 0.5, 0.5, 0.5, '--std', 0.5,
      0.5, 0.5, '--drop-path', 0.1, '--sched', 'multistep', '--decay-milestones', 1],
 ], ids=lambda args: args[1])
@@ -91,6 +92,7 @@ def test_earlier_results_are_kept(tmp_path):
     (['--model-kwargs', 'gate=sigmod'], ['gate', 'sigmoid', 'sigmod']),
     (['--val-split', 'test'], ['train', 'validation', "'test'"]),
     (['--dataset', '', '--data-dir', '/no/such/folder'], ['/no/such/folder']),
+    (['--batch-size', '2000'], ['--batch-size', '2000']),
     (['--lr', '1e30'], ['loss', '--lr']),
     (['--epochs', 'many'], ['--epochs', 'many']),
 ])

@@ -33,8 +33,10 @@ class SkipWeight(nn.Module):
 
 
 class AdaBasicBlock(BasicBlock):
-    """Basic block with a learned weight on its shortcut: `y = act(branch(x) + alpha * shortcut(x))`."""
-    skip_weight: SkipWeight
+    """Basic block with a learned weight on its shortcut: `y = act(branch(x) + alpha * shortcut(x))`.
+
+    The network gives it its `skip_weight`.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -42,8 +44,10 @@ class AdaBasicBlock(BasicBlock):
 
 
 class AdaBottleneck(Bottleneck):
-    """Bottleneck block with a learned weight on its shortcut: `y = act(branch(x) + alpha * shortcut(x))`."""
-    skip_weight: SkipWeight
+    """Bottleneck block with a learned weight on its shortcut: `y = act(branch(x) + alpha * shortcut(x))`.
+
+    The network gives it its `skip_weight`.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)

@@ -136,6 +136,11 @@ class DResNet(ResNet):
                     connections.drop_last_target()
         return take_indices
 
+    def __prepare_scriptable__(self):
+        raise NotImplementedError(
+            'A DResNet cannot be scripted: what flows between its blocks has no TorchScript type. torch.jit.trace, '
+            'torch.export and torch.compile work.')
+
     def forward_context(self) -> Flow:
         return Flow(
             [
@@ -147,6 +152,18 @@ class DResNet(ResNet):
 
     def forward_stage(self, stage: nn.Module, x: torch.Tensor, context: Flow) -> torch.Tensor:
         return stage(x, context)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Forward pass through feature extraction layers."""
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.act1(x)
+        x = self.maxpool(x)
+
+        flow = self.forward_context()
+        for name in self.stage_names:
+            x = getattr(self, name)(x, flow)
+        return x
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:

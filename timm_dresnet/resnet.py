@@ -136,6 +136,8 @@ class ResNet(resnet.ResNet):
             self.feature_info[0]['reduction'] = 1
             for info in self.feature_info[1:]:
                 info['reduction'] //= 4
+        if len(layers) == 3:
+            self.layer4 = nn.Sequential()  # for timm's forward_features
         self.stage_names = tuple(f'layer{i + 1}' for i in range(len(layers)))
 
     def forward_context(self) -> Any:
@@ -215,7 +217,7 @@ class ResNet(resnet.ResNet):
         take_indices, max_index = feature_take_indices(len(self.stage_names) + 1, indices)
         pruned, self.stage_names = self.stage_names[max_index:], self.stage_names[:max_index]
         for name in pruned:
-            delattr(self, name)
+            setattr(self, name, nn.Sequential())
         if max_index == 0:
             self.maxpool = nn.Identity()
         if pruned:
@@ -223,18 +225,6 @@ class ResNet(resnet.ResNet):
         if prune_head or pruned:
             self.reset_classifier(0, '')
         return take_indices
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Forward pass through feature extraction layers."""
-        x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.act1(x)
-        x = self.maxpool(x)
-
-        context = self.forward_context()
-        for name in self.stage_names:
-            x = self.forward_stage(getattr(self, name), x, context)
-        return x
 
 
 def _create_resnet(variant: str, pretrained: bool = False, **kwargs) -> ResNet:

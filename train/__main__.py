@@ -79,12 +79,16 @@ def main() -> None:
     logging.getLogger('timm').setLevel(logging.WARNING)
     args = parse_args()
     device = init_distributed_device(args)
-    random_seed(args.seed, args.rank)
+    if args.distributed:
+        sys.exit('python -m train: error: it runs in one process, start it without torchrun.')
+    random_seed(args.seed)
 
     try:
         model = create_model(args).to(device)
         data_config = resolve_data_config(vars(args), model=model)
         train_loader, eval_loader = create_loaders(args, data_config, model.num_classes, device)
+        if not len(train_loader):
+            raise ValueError(f'--batch-size {args.batch_size} is more than there are training images.')
     except (OSError, ValueError) as e:
         sys.exit(f'python -m train: error: {e}')
     if args.channels_last:
