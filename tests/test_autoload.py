@@ -15,7 +15,7 @@ IS_OURS = "assert 'dresnet18' in timm.list_models(), 'not registered'"
 
 @pytest.fixture(scope='module', params=['wheel', 'editable'])
 def python(request, tmp_path_factory):
-    """An interpreter of its own, with this package installed and all others borrowed from the environment of the tests."""
+    """An interpreter with this package installed, and all others borrowed from the environment of the tests."""
     folder = tmp_path_factory.mktemp(request.param)
     venv.create(folder / 'env', symlinks=True)
     python = folder / 'env' / 'bin' / 'python'
@@ -47,7 +47,8 @@ def run(python, code, tmp_path, **env):
     'from timm.models import create_model; create_model("dresnet18", device="meta")',
 ], ids=['timm', 'torch first', 'timm first', 'timm_dresnet first', 'timm.models'])
 def test_registered(python, code, tmp_path):
-    code += '; import inspect, timm.models; assert inspect.getsource(timm.models)'  # the hook leaves the loader as it was
+    # the hook leaves the loader as it was
+    code += '; import inspect, timm.models; assert inspect.getsource(timm.models)'
     done = run(python, code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert 'timm-dresnet' not in done.stderr

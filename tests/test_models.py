@@ -21,12 +21,14 @@ MODELS = [
         'test_dresnet': [''], 'test_adaresnet': [''],
     }.items() for depth in depths
 ]
-# the shape of each family; the others repeat it, deeper or with another gate
+# those that stand for the others, in tests that take long; and the deepest, which are left out of all but one
 QUICK = {'dresnet18', 'dresnet50', 'dresnet20_cifar', 'adaresnet18', 'adaresnet50', 'plainnet18', 'resnet20_cifar',
          'test_dresnet', 'test_adaresnet'}
+DEEPEST = {'dresnet34_gauss', 'dresnet50_gauss', 'dresnet101', 'dresnet101_gauss', 'adaresnet101', 'adaresnet152',
+           'adaresnet110_cifar'}
 
 
-def models(quick=MODELS):
+def models(quick=set(MODELS) - DEEPEST):
     return pytest.mark.parametrize(
         'name', [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
 
@@ -54,7 +56,7 @@ def test_all_models_are_listed():
     assert all(callable(getattr(timm_dresnet, name)) for name in MODELS)
 
 
-@models()
+@models(quick=MODELS)
 def test_forward_and_backward(name):
     model = create(name)
     output = model(images())

@@ -83,7 +83,11 @@ def plot_connections(model: nn.Module, path: Union[str, Path]) -> None:
         for kind, color in kinds.items():
             chosen = [record for record in records if record['kind'] == kind]
             axes.bar(
-                [record['target'] for record in chosen], [record['alpha'] for record in chosen], color=color, label=kind)
+                [record['target'] for record in chosen],
+                [record['alpha'] for record in chosen],
+                color=color,
+                label=kind,
+            )
         axes.axhline(0, color='black', linewidth=0.8)
         axes.axhline(1, color='grey', linewidth=0.8, linestyle='--')
         axes.set_xticks(range(1, len(names) + 1), names, rotation=90)

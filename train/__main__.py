@@ -7,6 +7,7 @@ import time
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import List, Optional
 
 import timm
 import torch
@@ -35,7 +36,8 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
     """
     if ':' not in args.model and not timm.is_model(args.model):
         near = difflib.get_close_matches(args.model, timm.list_models())
-        raise ValueError(f'There is no model {args.model!r}' + (f', did you mean {" or ".join(near)}?' if near else '.'))
+        hint = f', did you mean {" or ".join(near)}?' if near else '.'
+        raise ValueError(f'There is no model {args.model!r}{hint}')
     return timm.create_model(
         args.model,
         pretrained=args.pretrained,
@@ -74,10 +76,10 @@ def resolve_learning_rate(args: argparse.Namespace) -> float:
     return args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
 
 
-def main() -> None:
+def main(argv: Optional[List[str]] = None) -> None:
     setup_default_logging()
     logging.getLogger('timm').setLevel(logging.WARNING)
-    args = parse_args()
+    args = parse_args(argv)
     device = init_distributed_device(args)
     if args.distributed:
         sys.exit('python -m train: error: it runs in one process, start it without torchrun.')
@@ -151,8 +153,8 @@ def main() -> None:
     if args.channels_last:
         loaded.to(memory_format=torch.channels_last)
     metrics = validate(loaded, eval_loader, args, device, autocast)
-    print(f"timm.create_model('local-dir:{folder}', pretrained=True) has a top-1 accuracy of {metrics['top1']:.2f} % on "
-          f"the {len(eval_loader.dataset):,} images of {args.val_split}. It lies in {folder.resolve()}")
+    print(f"timm.create_model('local-dir:{folder}', pretrained=True) has a top-1 accuracy of {metrics['top1']:.2f} % "
+          f"on the {len(eval_loader.dataset):,} images of {args.val_split}. It lies in {folder.resolve()}")
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The arguments of a training run: those of timm's train.py by the same names, from a YAML recipe and the command line."""
+"""The arguments of a run: those of timm's train.py, by the same names, from a YAML recipe and the command line."""
 import argparse
 import difflib
 from pathlib import Path
@@ -12,7 +12,9 @@ from timm.utils import ParseKwargs
 def create_parser() -> argparse.ArgumentParser:
     """The parser of `python -m train`."""
     parser = argparse.ArgumentParser(
-        prog='python -m train', usage='python -m train [--config FILE] [options]', description="Train an image classifier with timm's recipe.",
+        prog='python -m train',
+        usage='python -m train [--config FILE] [options]',
+        description="Train an image classifier with timm's recipe.",
         epilog='example: python -m train --config train/recipes/digits.yaml --epochs 5',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML recipe; the command line overrides it')
@@ -59,7 +61,7 @@ def create_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('learning rate')
     group.add_argument('--lr', type=float, metavar='X', help='learning rate (from --lr-base if not set)')
-    group.add_argument('--lr-base', type=float, default=0.1, metavar='X', help='learning rate for --lr-base-size images')
+    group.add_argument('--lr-base', type=float, default=0.1, metavar='X', help='rate for --lr-base-size images')
     group.add_argument('--lr-base-size', type=int, default=256, metavar='N', help='batch size that --lr-base is for')
     group.add_argument('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'),
                        help="how lr follows the batch size; '': sqrt for Ada* and LAMB, else linear")
@@ -80,7 +82,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--no-aug', action='store_true', help='no augmentation at all')
     group.add_argument('--train-crop-mode', metavar='NAME', help='rrc, rkrc or rkrr (rrc if not set)')
     group.add_argument('--scale', type=float, nargs=2, default=[0.08, 1.0], metavar='X', help='area of random crops')
-    group.add_argument('--ratio', type=float, nargs=2, default=[3. / 4., 4. / 3.], metavar='X', help='their aspect ratio')
+    group.add_argument('--ratio', type=float, nargs=2, default=[3. / 4., 4. / 3.], metavar='X', help='and their aspect')
     group.add_argument('--hflip', type=float, default=0.5, metavar='X', help='chance of a horizontal flip')
     group.add_argument('--vflip', type=float, default=0., metavar='X', help='chance of a vertical flip')
     group.add_argument('--color-jitter', type=float, default=0.4, metavar='X', help='color jitter')

@@ -50,8 +50,8 @@ def _create_dataset(args: argparse.Namespace, split: str, is_training: bool, in_
     if args.dataset == 'digits':
         return Digits(split, mode)
     if not args.dataset and not (args.data_dir and Path(args.data_dir).exists()):
-        raise ValueError(f'--data-dir must be a folder of images, one folder for each class: {args.data_dir!r} does not '
-                         f'exist. For other data sets say --dataset.')
+        raise ValueError(f'--data-dir must be a folder of images, one folder for each class: {args.data_dir!r} does '
+                         f'not exist. For other data sets say --dataset.')
     return create_dataset(
         args.dataset,
         root=args.data_dir,
