@@ -6,7 +6,6 @@ import sys
 import pytest
 import timm
 import torch
-import yaml
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_dresnet
@@ -45,8 +44,9 @@ def test_digits(digits_folder):
     assert measured >= 0.97
     rows = list(csv.DictReader((folder / 'summary.csv').open()))
     assert len(rows) == 20 and float(rows[-1]['eval_top1']) == pytest.approx(100 * measured)
-    args = yaml.safe_load((folder / 'args.yaml').read_text())
-    assert args['model'] == 'dresnet20_cifar' and args['seed'] == 42
+    again = vars(parse_args(['--config', str(folder / 'args.yaml')]))
+    asked = vars(parse_args(['--config', str(RECIPE), '--output', str(folder.parent)]))
+    assert {k: v for k, v in again.items() if k != 'config'} == {k: v for k, v in asked.items() if k != 'config'}
 
 
 def test_written_connections_are_the_models(digits_folder):
@@ -92,6 +92,10 @@ def test_earlier_results_are_kept(tmp_path):
 @pytest.mark.parametrize('args,words', [
     (['--model', 'dresnet20_cifra'], ["'dresnet20_cifra'", 'dresnet20_cifar']),
     (['--model-kwargs', 'gate=sigmod'], ['gate', 'sigmoid', 'sigmod']),
+    (['--model-kwargs', 'gat=gauss'], ['dresnet20_cifar', 'gat']),
+    (['--pretrained'], ['--pretrained', 'dresnet20_cifar']),
+    (['--config', '/no/such/recipe.yaml'], ['/no/such/recipe.yaml', 'No such file']),
+    (['--dataset', ''], ['--config', '--data-dir', '--dataset']),
     (['--val-split', 'test'], ['train', 'validation', "'test'"]),
     (['--dataset', '', '--data-dir', '/no/such/folder'], ['/no/such/folder']),
     (['--batch-size', '2000'], ['--batch-size', '2000']),

@@ -75,6 +75,7 @@ def plot_connections(model: nn.Module, path: Union[str, Path]) -> None:
 
     records = connections(model)
     names = _block_names(model)
+    architecture = getattr(model, 'pretrained_cfg', {}).get('architecture', type(model).__name__)
     size = 2.2 + 0.3 * len(names)
     if isinstance(model, AdaResNet):
         figure = Figure(figsize=(size, 3.6), layout='constrained')
@@ -91,7 +92,11 @@ def plot_connections(model: nn.Module, path: Union[str, Path]) -> None:
         axes.axhline(0, color='black', linewidth=0.8)
         axes.axhline(1, color='grey', linewidth=0.8, linestyle='--')
         axes.set_xticks(range(1, len(names) + 1), names, rotation=90)
-        axes.set(title='Skip weights', ylabel='alpha (1: a ResNet)')
+        for record in records if len(names) <= 16 else ():  # room for numbers
+            axes.annotate(
+                f'{record["alpha"]:.2f}', (record['target'], max(record['alpha'], 0)), xytext=(0, 2),
+                textcoords='offset points', ha='center', fontsize=7)
+        axes.set(title=f'{architecture}: skip weights', xlabel='block', ylabel='alpha (1: a ResNet)')
         axes.legend()
     else:
         gates = torch.full((len(names), len(names)), float('nan'))
@@ -109,7 +114,7 @@ def plot_connections(model: nn.Module, path: Union[str, Path]) -> None:
                 red, green, blue, _ = image.to_rgba(record['gate'])
                 axes.text(
                     record['source'] - 1, record['target'] - 3, f'{record["gate"]:.2f}', ha='center', va='center',
-                    fontsize=7, color='black' if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else 'white')
+                    fontsize=7, color='black' if 0.3 * red + 0.59 * green + 0.11 * blue > 0.45 else 'white')
         axes.set_xticks(range(len(names) - 2), names[:-2], rotation=90)
         axes.set_yticks(range(len(names) - 2), names[2:])
         starts = [i for i, name in enumerate(names) if name.endswith('.0')][1:]
@@ -118,5 +123,5 @@ def plot_connections(model: nn.Module, path: Union[str, Path]) -> None:
                 axes.axvline(start - 0.5, color='grey', linewidth=0.8)
             if start > 2:
                 axes.axhline(start - 2.5, color='grey', linewidth=0.8)
-        axes.set(title='Learned connections', xlabel='from block', ylabel='into block')
+        axes.set(title=f'{architecture}: learned connections', xlabel='from block', ylabel='into block')
     figure.savefig(path, dpi=150)

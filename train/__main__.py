@@ -38,15 +38,22 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
         near = difflib.get_close_matches(args.model, timm.list_models())
         hint = f', did you mean {" or ".join(near)}?' if near else '.'
         raise ValueError(f'There is no model {args.model!r}{hint}')
-    return timm.create_model(
-        args.model,
-        pretrained=args.pretrained,
-        num_classes=args.num_classes,
-        in_chans=args.in_chans,
-        drop_rate=args.drop,
-        drop_path_rate=args.drop_path,
-        **args.model_kwargs,
-    )
+    try:
+        return timm.create_model(
+            args.model,
+            pretrained=args.pretrained,
+            num_classes=args.num_classes,
+            in_chans=args.in_chans,
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path,
+            **args.model_kwargs,
+        )
+    except TypeError as e:
+        raise ValueError(f'{args.model} does not take all of --model-kwargs {args.model_kwargs}: {e}') from e
+    except RuntimeError as e:
+        if not args.pretrained:
+            raise
+        raise ValueError(f'--pretrained: {e}') from e
 
 
 def create_task(args: argparse.Namespace, model: torch.nn.Module, device: torch.device) -> ClassificationTask:
@@ -80,6 +87,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     setup_default_logging()
     logging.getLogger('timm').setLevel(logging.WARNING)
     args = parse_args(argv)
+    recipe = {key: value for key, value in vars(args).items() if key != 'config'}
     device = init_distributed_device(args)
     if args.distributed:
         sys.exit('python -m train: error: it runs in one process, start it without torchrun.')
@@ -112,7 +120,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     name = args.experiment or '-'.join([
         datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
     folder = Path(get_outdir(args.output, name, inc=True))
-    (folder / 'args.yaml').write_text(yaml.safe_dump(vars(args)))
+    (folder / 'args.yaml').write_text(yaml.safe_dump(recipe))
     saver = CheckpointSaver(
         model=model,
         optimizer=optimizer,

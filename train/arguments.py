@@ -132,8 +132,10 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     if config.config:
         try:
             recipe = yaml.safe_load(Path(config.config).read_text()) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-            parser.error(f'{config.config} cannot be read as a YAML recipe: {e}')
+        except OSError as e:
+            parser.error(f'{config.config} cannot be read: {e.strerror}.')
+        except (UnicodeDecodeError, yaml.YAMLError) as e:
+            parser.error(f'{config.config} is not a YAML recipe: {e}')
         if not isinstance(recipe, dict):
             parser.error(f'{config.config} must hold one "key: value" a line, not a {type(recipe).__name__}.')
         known = set(vars(config)) - {'config'}

@@ -50,8 +50,10 @@ def _create_dataset(args: argparse.Namespace, split: str, is_training: bool, in_
     if args.dataset == 'digits':
         return Digits(split, mode)
     if not args.dataset and not (args.data_dir and Path(args.data_dir).exists()):
-        raise ValueError(f'--data-dir must be a folder of images, one folder for each class: {args.data_dir!r} does '
-                         f'not exist. For other data sets say --dataset.')
+        raise ValueError(
+            f'there is no folder {args.data_dir}, check --data-dir.' if args.data_dir else
+            'say what to train on: a recipe (--config train/recipes/digits.yaml), a folder of images (--data-dir DIR) '
+            'or a data set that timm knows (--dataset NAME).')
     return create_dataset(
         args.dataset,
         root=args.data_dir,

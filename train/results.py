@@ -21,7 +21,7 @@ def _plot_curves(summary: Path, path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout='constrained')
     losses, accuracies = figure.subplots(1, 2)
     for axes, columns in (
-            (losses, {'train_loss': 'training', 'eval_loss': 'validation'}),
+            (losses, {'train_loss': 'training (as augmented and smoothed)', 'eval_loss': 'validation'}),
             (accuracies, {'eval_top1': 'top-1', 'eval_top5': 'top-5'}),
     ):
         for (column, label), style in zip(columns.items(), ('.-', '.--')):
@@ -30,8 +30,8 @@ def _plot_curves(summary: Path, path: Path) -> None:
         axes.set(xlabel='epoch')
         axes.grid(alpha=0.3)
         axes.legend()
-    losses.set(title='Loss')
-    accuracies.set(title='Validation accuracy', ylabel='%')
+    losses.set(title='Loss', ylabel='cross-entropy')
+    accuracies.set(title='Validation accuracy', ylabel='accuracy, %')
     figure.savefig(path, dpi=150)
 
 
