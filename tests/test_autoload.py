@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from conftest import ROOT
+
 CREATE = "timm.create_model('dresnet18', device='meta')"
 IS_OURS = "assert 'dresnet18' in timm.list_models(), 'not registered'"
 
