@@ -9,6 +9,27 @@ import yaml
 from timm.utils import ParseKwargs
 
 
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `python -m train` and `python -m train.validate` both ask about images."""
+    group = parser.add_argument_group('data')
+    group.add_argument('--data-dir', metavar='DIR', help='folder of the data set')
+    group.add_argument('--dataset', default='', metavar='NAME',
+                       help="as in timm ('' for ImageFolder, torch/cifar10, ...), or digits: scikit-learn's 1,797 "
+                            "handwritten digits, which need no download")
+    group.add_argument('--dataset-download', action='store_true', help='let timm download the data set')
+    group.add_argument('--val-split', default='validation', metavar='NAME', help='split to measure on')
+    group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='processes that load images')
+    group.add_argument('--pin-mem', action='store_true', help='pin memory, for a faster copy to the GPU')
+    group.add_argument('--val-num-samples', type=int, metavar='N', help='its number of images, if a stream')
+    group.add_argument('--class-map', default='', metavar='FILE', help='file that maps classes to indices')
+    group.add_argument('--input-img-mode', metavar='MODE', help='mode of images in PIL (L for one channel, else RGB)')
+    group.add_argument('--input-key', metavar='KEY', help='where a sample of hfds/, hfids/ or wds/ has its image')
+    group.add_argument('--target-key', metavar='KEY', help='and where its class')
+    group.add_argument('--in-memory', action='store_true', help='decode all images once and keep them in memory')
+    group.add_argument('--bad-images', default='stop', choices=('stop', 'skip'),
+                       help='what to do when an image cannot be read; skipped ones are counted')
+
+
 def create_parser() -> argparse.ArgumentParser:
     """The parser of `python -m train`."""
     parser = argparse.ArgumentParser(
@@ -19,41 +40,52 @@ def create_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML recipe; the command line overrides it')
 
-    group = parser.add_argument_group('data')
-    group.add_argument('--data-dir', metavar='DIR', help='folder of the data set')
-    group.add_argument('--dataset', default='', metavar='NAME',
-                       help="as in timm ('' for ImageFolder, torch/cifar10, ...), or digits: scikit-learn's 1,797 "
-                            "handwritten digits, which need no download")
-    group.add_argument('--dataset-download', action='store_true', help='let timm download the data set')
+    add_data_arguments(parser)
+
+    group = parser.add_argument_group('training data')
     group.add_argument('--train-split', default='train', metavar='NAME', help='split to train on')
-    group.add_argument('--val-split', default='validation', metavar='NAME', help='split to measure on')
-    group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='processes that load images')
-    group.add_argument('--pin-mem', action='store_true', help='pin memory, for a faster copy to the GPU')
+    group.add_argument('--train-num-samples', type=int, metavar='N', help='its number of images, if a stream')
+    group.add_argument('--epoch-repeats', type=float, default=0., metavar='N', help='passes in an epoch of a stream')
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='dresnet18', metavar='NAME', help='architecture, any of timm.list_models()')
     group.add_argument('--pretrained', action='store_true', help='start from the pretrained weights of the model')
+    group.add_argument('--pretrained-path', metavar='FILE',
+                       help='load these weights as the pretrained ones, with a classifier for --num-classes')
+    group.add_argument('--initial-checkpoint', default='', metavar='FILE', help='start from exactly these weights')
+    group.add_argument('--linear-probe', action='store_true', help='freeze all but the classifier')
     group.add_argument('--num-classes', type=int, metavar='N', help='number of classes (the model default if not set)')
     group.add_argument('--in-chans', type=int, metavar='N', help='number of image channels (3 if not set)')
     group.add_argument('--img-size', type=int, metavar='N', help='image size (the model default if not set)')
+    group.add_argument('--input-size', type=int, nargs=3, metavar='N', help='channels, height and width of images')
+    group.add_argument('--gp', metavar='NAME', help='global pooling: avg, max, avgmax or catavgmax')
     group.add_argument('--mean', type=float, nargs='+', metavar='X', help='mean pixel value (model default if not set)')
     group.add_argument('--std', type=float, nargs='+', metavar='X', help='its standard deviation')
     group.add_argument('--crop-pct', type=float, metavar='X', help='center crop, for validation only')
     group.add_argument('--interpolation', default='', metavar='NAME', help='resize interpolation for validation')
     group.add_argument('--drop', type=float, default=0., metavar='X', help='dropout before the classifier')
     group.add_argument('--drop-path', type=float, metavar='X', help='stochastic depth')
+    group.add_argument('--drop-block', type=float, metavar='X', help='DropBlock')
+    group.add_argument('--bn-momentum', type=float, metavar='X', help='momentum of batch norm')
+    group.add_argument('--bn-eps', type=float, metavar='X', help='epsilon of batch norm')
+    group.add_argument('--head-init-scale', type=float, metavar='X', help='scale the initial weights of the classifier')
+    group.add_argument('--head-init-bias', type=float, metavar='X', help='initial bias of the classifier')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
                        help='other arguments of the model, such as gate=gauss')
 
     group = parser.add_argument_group('optimizer')
-    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images in a batch')
+    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N',
+                       help='images in a batch of one process')
     group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N', help='the same for validation')
+    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='batches in an update')
     group.add_argument('--opt', default='sgd', metavar='NAME', help='optimizer, any of timm.optim.list_optimizers()')
     group.add_argument('--opt-eps', type=float, metavar='X', help='epsilon (optimizer default if not set)')
     group.add_argument('--opt-betas', type=float, nargs='+', metavar='X', help='betas (optimizer default if not set)')
     group.add_argument('--momentum', type=float, default=0.9, metavar='X', help='momentum')
     group.add_argument('--weight-decay', type=float, default=2e-5, metavar='X', help='weight decay')
     group.add_argument('--layer-decay', type=float, metavar='X', help='decay of the learning rate from layer to layer')
+    group.add_argument('--layer-decay-min-scale', type=float, default=0., metavar='X', help='its lower bound')
+    group.add_argument('--layer-decay-no-opt-scale', type=float, metavar='X', help='freeze layers of a lower scale')
     group.add_argument('--clip-grad', type=float, metavar='X', help='clip gradients at this value')
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='how to clip')
     group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
@@ -65,7 +97,8 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--lr-base-size', type=int, default=256, metavar='N', help='batch size that --lr-base is for')
     group.add_argument('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'),
                        help="how lr follows the batch size; '': sqrt for Ada* and LAMB, else linear")
-    group.add_argument('--sched', default='cosine', metavar='NAME', help='schedule of the learning rate')
+    group.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd',
+                       'rsqrt', 'constant'), help='schedule of the learning rate')
     group.add_argument('--sched-on-updates', action='store_true', help='step the schedule every update')
     group.add_argument('--epochs', type=int, default=300, metavar='N', help='number of epochs')
     group.add_argument('--warmup-epochs', type=int, default=5, metavar='N', help='epochs of warm-up')
@@ -77,6 +110,13 @@ def create_parser() -> argparse.ArgumentParser:
                        help='epochs at which a multistep schedule decays')
     group.add_argument('--decay-epochs', type=float, default=90, metavar='N', help='interval of a step schedule')
     group.add_argument('--decay-rate', type=float, default=0.1, metavar='X', help='factor of step and multistep')
+    group.add_argument('--lr-cycle-mul', type=float, default=1., metavar='X', help='growth of cycles')
+    group.add_argument('--lr-cycle-decay', type=float, default=0.5, metavar='X', help='decay from cycle to cycle')
+    group.add_argument('--lr-cycle-limit', type=int, default=1, metavar='N', help='number of cycles')
+    group.add_argument('--lr-k-decay', type=float, default=1., metavar='X', help='k-decay of cosine and poly')
+    group.add_argument('--lr-noise', type=float, nargs='+', metavar='X', help='fractions of the run with noise')
+    group.add_argument('--lr-noise-pct', type=float, default=0.67, metavar='X', help='limit of the noise')
+    group.add_argument('--lr-noise-std', type=float, default=1., metavar='X', help='its standard deviation')
 
     group = parser.add_argument_group('augmentation and regularization')
     group.add_argument('--no-aug', action='store_true', help='no augmentation at all')
@@ -86,19 +126,28 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--hflip', type=float, default=0.5, metavar='X', help='chance of a horizontal flip')
     group.add_argument('--vflip', type=float, default=0., metavar='X', help='chance of a vertical flip')
     group.add_argument('--color-jitter', type=float, default=0.4, metavar='X', help='color jitter')
-    group.add_argument('--aa', metavar='NAME', help='AutoAugment policy, such as rand-m7-mstd0.5')
+    group.add_argument('--color-jitter-prob', type=float, metavar='X', help='its chance (always if not set)')
+    group.add_argument('--grayscale-prob', type=float, default=0., metavar='X', help='chance of grayscale')
+    group.add_argument('--gaussian-blur-prob', type=float, default=0., metavar='X', help='chance of blur')
+    group.add_argument('--aa', metavar='NAME',
+                       help='policy: rand-m7-mstd0.5 (RandAugment), original or v0 (AutoAugment), 3a (3-Augment), ...')
+    group.add_argument('--aug-repeats', type=float, default=0., metavar='N', help='repeated augmentation of an image')
     group.add_argument('--reprob', type=float, default=0., metavar='X', help='chance of random erasing')
     group.add_argument('--remode', default='pixel', metavar='NAME', help='mode of random erasing')
     group.add_argument('--recount', type=int, default=1, metavar='N', help='number of erased regions')
     group.add_argument('--train-interpolation', default='random', metavar='NAME', help='resize interpolation')
     group.add_argument('--mixup', type=float, default=0., metavar='X', help='Mixup alpha, off at 0')
     group.add_argument('--cutmix', type=float, default=0., metavar='X', help='CutMix alpha, off at 0')
+    group.add_argument('--cutmix-minmax', type=float, nargs=2, metavar='X', help='bounds of the cut, instead of alpha')
+    group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N', help='epoch from which both are off')
     group.add_argument('--mixup-prob', type=float, default=1., metavar='X', help='chance of either')
     group.add_argument('--mixup-switch-prob', type=float, default=0.5, metavar='X', help='chance of CutMix if both')
     group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='how they are applied')
     group.add_argument('--smoothing', type=float, default=0.1, metavar='X', help='label smoothing')
     group.add_argument('--bce-loss', action='store_true', help='binary cross-entropy instead of softmax')
     group.add_argument('--bce-target-thresh', type=float, metavar='X', help='threshold that makes its targets binary')
+    group.add_argument('--bce-sum', action='store_true', help='sum it over classes')
+    group.add_argument('--bce-pos-weight', type=float, metavar='X', help='weight of positive targets')
 
     group = parser.add_argument_group('speed')
     group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME',
@@ -107,7 +156,16 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--amp', action='store_true', help='automatic mixed precision')
     group.add_argument('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='its lower precision')
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')
+    group.add_argument('--torchcompile-mode', metavar='MODE', help='mode of torch.compile')
     group.add_argument('--grad-checkpointing', action='store_true', help='trade time for memory')
+
+    group.add_argument('--deterministic', action='store_true', help='deterministic algorithms only')
+
+    group = parser.add_argument_group('several processes (torchrun)')
+    group.add_argument('--sync-bn', action='store_true', help='batch norm over the batches of all processes')
+    group.add_argument('--dist-bn', default='reduce', choices=('reduce', 'broadcast', ''),
+                       help='statistics of batch norm at the end of an epoch: mean, first process, or as they are')
+    group.add_argument('--no-ddp-bb', action='store_true', help='do not broadcast buffers at every step')
 
     group = parser.add_argument_group('exponential moving average')
     group.add_argument('--model-ema', action='store_true', help='keep a moving average of the weights, and publish it')
@@ -118,10 +176,19 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--seed', type=int, default=42, metavar='N', help='random seed')
     group.add_argument('--output', default='output', metavar='DIR', help='folder for the folders of runs')
     group.add_argument('--experiment', default='', metavar='NAME',
-                       help='name of the folder of this run (made from date and model if empty)')
+                       help='name of the folder of this run (made from model and image size if empty)')
     group.add_argument('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'),
                        help='what the best checkpoints are chosen by')
     group.add_argument('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
+    group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
+                       help='updates between checkpoints inside an epoch, none at 0')
+    group.add_argument('--log-interval', type=int, default=50, metavar='N',
+                       help='updates between lines where there is no terminal')
+    group.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs between validations')
+    group.add_argument('--log-tensorboard', action='store_true', help='log to TensorBoard, into the folder of the run')
+    group.add_argument('--log-wandb', action='store_true', help='log to Weights & Biases')
+    group.add_argument('--wandb-project', metavar='NAME', help='its project')
+    group.add_argument('--wandb-tags', nargs='+', default=[], metavar='NAME', help='its tags')
     return parser
 
 

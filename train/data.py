@@ -1,26 +1,36 @@
-"""Data sets and loaders of a training run."""
+"""Data sets and loaders: timm's, in an order and with augmentations that depend only on seed, epoch and batch."""
 import argparse
+import random
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import FastCollateMixup, create_dataset, create_loader
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
+from tqdm import tqdm
 
 
-class Digits(torch.utils.data.Dataset):
+class BadImageError(Exception):
+    """An image cannot be read."""
+
+
+class Digits(Dataset):
     """The handwritten digits that scikit-learn brings along: 1,797 images of 8x8 pixels, a fifth of them held out.
 
     The split is the same in every run: stratified, with seed 0.
     """
     classes = [str(digit) for digit in range(10)]
 
-    def __init__(self, split: str, mode: str = 'L') -> None:
+    def __init__(self, split: str) -> None:
         """
         Args:
             split: 'train' (1,437 images) or 'validation' (360).
-            mode: Mode of the images, as in PIL.
 
         Raises:
             ValueError: If there is no such split.
@@ -34,49 +44,295 @@ class Digits(torch.utils.data.Dataset):
         images = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         split_images = train_test_split(images, targets, test_size=360, random_state=0, stratify=targets)
         self.images, self.targets = split_images[splits.index(split)::2]
-        self.mode = mode
-        self.transform = None  # set by timm's loader
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def __getitem__(self, index: int) -> Tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.targets[index])
+
+
+class Images(Dataset):
+    """Images by their number, where one that cannot be read is never passed over in silence.
+
+    Attributes:
+        transform: What is done to each image; set by timm's loader.
+        bad: Which images could not be read so far, in memory that is shared with the loader's processes.
+    """
+
+    def __init__(self, dataset: Dataset, mode: str, skip_bad: bool = False, in_memory: bool = False) -> None:
+        """
+        Args:
+            dataset: One of timm's, of torchvision's, or the digits.
+            mode: Mode of the images, as in PIL.
+            skip_bad: Take the next image in place of one that cannot be read, instead of raising.
+            in_memory: Decode all images now and keep them, in shared memory.
+        """
+        self.dataset = dataset
+        self.mode = mode
+        self.skip_bad = skip_bad
+        self.transform = None
+        self.bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        self.decoded = None
+        if in_memory:
+            self._decode_all()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def _name(self, index: int) -> str:
+        if hasattr(self.dataset, 'filename'):
+            name = self.dataset.filename(index, absolute=True)
+        else:
+            name = getattr(self.dataset, 'samples', {index: [None]})[index][0]  # torchvision's ImageFolder
+        return name or f'image {index} of {type(self.dataset).__name__}'
+
+    def _read(self, index: int) -> Tuple[Image.Image, Any]:
+        # past ImageDataset.__getitem__, which logs an unreadable image and takes another
+        reader = getattr(self.dataset, 'reader', self.dataset)
+        try:
+            image, target = reader[index]
+            if not isinstance(image, Image.Image):
+                with image:
+                    image = Image.open(image)
+                    image.load()
+            return image.convert(self.mode), target
+        except Exception as e:  # damaged files make PIL raise nearly anything
+            self.bad[index] = True
+            raise BadImageError(f'{self._name(index)} cannot be read ({type(e).__name__}: {e}).') from e
+
+    def _decode_all(self) -> None:
+        def decode(index: int) -> Optional[Tuple[np.ndarray, Any]]:
+            try:
+                image, target = self._read(index)
+            except BadImageError:
+                if not self.skip_bad:
+                    raise
+                return None
+            return np.asarray(image), target
+
+        with ThreadPoolExecutor() as pool:
+            items = list(tqdm(
+                pool.map(decode, range(len(self))), 'decode', len(self), unit='image', leave=False, disable=None))
+        pixels = [np.empty(0, np.uint8) if item is None else item[0] for item in items]
+        self.shapes = [array.shape for array in pixels]
+        self.targets = [None if item is None else item[1] for item in items]
+        self.starts = np.cumsum([0, *(array.size for array in pixels)])
+        # one tensor in shared memory: loader processes neither copy it nor decode again
+        self.decoded = torch.empty(int(self.starts[-1]), dtype=torch.uint8).share_memory_()
+        for start, array in zip(self.starts, pixels):
+            self.decoded[start:start + array.size] = torch.from_numpy(array.reshape(-1).copy())
+
+    def _get(self, index: int) -> Tuple[Image.Image, Any]:
+        if self.decoded is None:
+            return self._read(index)
+        if self.bad[index]:
+            raise BadImageError(f'{self._name(index)} cannot be read.')
+        pixels = self.decoded[self.starts[index]:self.starts[index + 1]].numpy()
+        return Image.fromarray(pixels.reshape(self.shapes[index])), self.targets[index]
+
     def __getitem__(self, index: int) -> Tuple[Any, int]:
-        image = Image.fromarray(self.images[index]).convert(self.mode)
-        return image if self.transform is None else self.transform(image), int(self.targets[index])
+        for candidate in range(index, index + len(self)):
+            try:
+                image, target = self._get(candidate % len(self))
+            except BadImageError:
+                if not self.skip_bad:
+                    raise
+                continue
+            return image if self.transform is None else self.transform(image), -1 if target is None else target
+        raise BadImageError(f'None of the {len(self)} images can be read, the first is {self._name(0)}.')
 
 
-def _create_dataset(args: argparse.Namespace, split: str, is_training: bool, in_chans: int):
-    mode = 'RGB' if in_chans == 3 else 'L'
+def seed_everything(*key: int) -> None:
+    """Seed Python, NumPy and PyTorch with what `key` (numbers from 0) is hashed to."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class SeededBatch(NamedTuple):
+    """A batch to load: the key that it is seeded with, and the numbers of its images."""
+    key: Tuple[int, ...]
+    indices: List[int]
+
+
+class SeededBatchSampler(Sampler):
+    """Batches of an epoch, from any batch on."""
+
+    def __init__(self, sampler: Sampler, batch_size: int, seed: int, rank: int) -> None:
+        self.sampler = sampler
+        self.batches = BatchSampler(sampler, batch_size, drop_last=True)
+        self.key = seed, rank
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """
+        Args:
+            epoch: Epoch to go through next.
+            start: Number of batches that are left out at its beginning.
+        """
+        self.epoch = epoch
+        self.start = start
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[SeededBatch]:
+        for number, indices in islice(enumerate(self.batches), self.start, None):
+            yield SeededBatch((*self.key, self.epoch, number), indices)
+
+
+class SeededImages(Dataset):
+    """Images of whole batches, augmented with random numbers that depend on the batch alone.
+
+    So neither the number of loading processes nor where a run was stopped and resumed changes what is trained on.
+    """
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, batch: SeededBatch) -> List[Tuple[Any, int]]:
+        seed_everything(*batch.key, 0)
+        return [self.images[index] for index in batch.indices]
+
+
+class EpochLoader:
+    """What timm's PrefetchLoader takes its batches from in training: an epoch, from any batch on.
+
+    Before each batch the random numbers of this process are seeded, for random erasing. Of a stream, the batches that
+    are left out must be loaded all the same.
+    """
+
+    def __init__(self, loader: DataLoader, seed: int, rank: int) -> None:
+        self.loader = loader
+        self.key = seed, rank
+        self.set_epoch(0)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """
+        Args:
+            epoch: Epoch to go through next.
+            start: Number of batches that are left out at its beginning.
+        """
+        self.epoch = epoch
+        self.start = start
+        if isinstance(self.loader.batch_sampler, SeededBatchSampler):
+            self.loader.batch_sampler.set_epoch(epoch, start)
+        elif hasattr(self.loader.dataset, 'set_epoch'):
+            self.loader.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        seed_everything(*self.key, self.epoch)  # the processes that load a stream are seeded from here
+        batches = iter(self.loader)
+        if not isinstance(self.loader.batch_sampler, SeededBatchSampler):
+            batches = islice(batches, self.start, None)
+        for number, batch in enumerate(batches, self.start):
+            seed_everything(*self.key, self.epoch, number, 1)
+            yield batch
+
+
+def _start_worker(_: int) -> None:
+    # a signal to the whole process group is for the main process, which still needs its batches to end well
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _create_images(args: argparse.Namespace, split: str, is_training: bool, in_chans: int) -> Dataset:
+    mode = args.input_img_mode or ('RGB' if in_chans == 3 else 'L')
     if args.dataset == 'digits':
-        return Digits(split, mode)
-    if not args.dataset and not (args.data_dir and Path(args.data_dir).exists()):
+        dataset = Digits(split)
+    elif not args.dataset and not (args.data_dir and Path(args.data_dir).exists()):
         raise ValueError(
             f'there is no folder {args.data_dir}, check --data-dir.' if args.data_dir else
             'say what to train on: a recipe (--config train/recipes/digits.yaml), a folder of images (--data-dir DIR) '
             'or a data set that timm knows (--dataset NAME).')
-    return create_dataset(
-        args.dataset,
-        root=args.data_dir,
-        split=split,
-        is_training=is_training,
-        download=args.dataset_download,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        input_img_mode=mode,
-    )
+    else:
+        num_samples = args.train_num_samples if is_training else args.val_num_samples
+        try:
+            dataset = create_dataset(
+                args.dataset,
+                root=args.data_dir,
+                split=split,
+                is_training=is_training,
+                class_map=args.class_map,
+                download=args.dataset_download,
+                batch_size=args.batch_size,
+                num_samples=num_samples,
+                seed=args.seed,
+                repeats=args.epoch_repeats,
+                input_img_mode=mode,
+                input_key=args.input_key,
+                target_key=args.target_key,
+            )
+        except (AssertionError, ImportError, RuntimeError) as e:
+            raise ValueError(f'--dataset {args.dataset} --data-dir {args.data_dir}: {e}') from e
+    if isinstance(dataset, IterableDataset):
+        if args.in_memory:
+            raise ValueError(f'--in-memory needs images that are numbered, {args.dataset} is a stream.')
+        return dataset
+    if not len(dataset):
+        raise ValueError(f'there are no images in {args.data_dir} (split {split}).')
+    return Images(dataset, mode, skip_bad=args.bad_images == 'skip', in_memory=args.in_memory)
 
 
-def class_names(dataset: torch.utils.data.Dataset) -> Optional[List[str]]:
+def class_names(dataset: Dataset) -> Optional[List[str]]:
     """Names of the classes in the order of their indices, if the data set tells."""
+    dataset = getattr(dataset, 'dataset', dataset)
     names = getattr(dataset, 'classes', None)
     if names is None:
         index = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
         names = sorted(index, key=index.get) if index else None
-    return list(names) if names else None
+    return [str(name) for name in names] if names else None
 
 
-def create_loaders(args: argparse.Namespace, data_config: Dict[str, Any], num_classes: int, device: torch.device):
-    """Loaders of the training and the validation split.
+def _common(args: argparse.Namespace, data_config: Dict[str, Any], device: torch.device) -> Dict[str, Any]:
+    return dict(
+        input_size=data_config['input_size'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        device=device,
+    )
+
+
+def create_eval_loader(args: argparse.Namespace, data_config: Dict[str, Any], device: torch.device):
+    """Loader of the validation split.
+
+    Args:
+        args: The run's arguments.
+        data_config: Input size and preprocessing, as from timm's `resolve_data_config`.
+        device: Where batches go.
+    """
+    return create_loader(
+        _create_images(args, args.val_split, False, data_config['input_size'][0]),
+        batch_size=args.validation_batch_size or args.batch_size,
+        interpolation=data_config['interpolation'],
+        crop_pct=data_config['crop_pct'],
+        distributed=args.distributed,
+        persistent_workers=args.workers > 0,
+        **_common(args, data_config, device),
+    )
+
+
+def create_train_loader(
+        args: argparse.Namespace,
+        data_config: Dict[str, Any],
+        num_classes: int,
+        device: torch.device,
+):
+    """Loader of the training split; `loader.loader` is the `EpochLoader` that epochs are set on.
 
     Args:
         args: The run's arguments.
@@ -84,29 +340,23 @@ def create_loaders(args: argparse.Namespace, data_config: Dict[str, Any], num_cl
         num_classes: Number of classes that Mixup and CutMix spread targets over.
         device: Where batches go.
     """
-    in_chans = data_config['input_size'][0]
-    common = dict(
-        input_size=data_config['input_size'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        num_workers=args.workers,
-        persistent_workers=args.workers > 0,
-        pin_memory=args.pin_mem,
-        device=device,
-    )
     collate_fn = None
-    if args.mixup > 0 or args.cutmix > 0:
+    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
+        if args.batch_size % 2:
+            raise ValueError(f'Mixup and CutMix need an even --batch-size, got {args.batch_size}.')
         collate_fn = FastCollateMixup(
             mixup_alpha=args.mixup,
             cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
             prob=args.mixup_prob,
             switch_prob=args.mixup_switch_prob,
             mode=args.mixup_mode,
             label_smoothing=args.smoothing,
             num_classes=num_classes,
         )
-    train_loader = create_loader(
-        _create_dataset(args, args.train_split, True, in_chans),
+    dataset = _create_images(args, args.train_split, True, data_config['input_size'][0])
+    loader = create_loader(
+        dataset,
         batch_size=args.batch_size,
         is_training=True,
         no_aug=args.no_aug,
@@ -119,16 +369,33 @@ def create_loaders(args: argparse.Namespace, data_config: Dict[str, Any], num_cl
         hflip=args.hflip,
         vflip=args.vflip,
         color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob,
+        gaussian_blur_prob=args.gaussian_blur_prob,
         auto_augment=args.aa,
-        interpolation=data_config['interpolation'] if args.no_aug else args.train_interpolation,
+        interpolation=args.train_interpolation if args.train_interpolation and not args.no_aug
+        else data_config['interpolation'],
         collate_fn=collate_fn,
-        **common,
+        # fresh processes every epoch where theirs have a state: the random numbers of a stream, whether Mixup is off
+        persistent_workers=False,
+        **_common(args, data_config, device),
     )
-    eval_loader = create_loader(
-        _create_dataset(args, args.val_split, False, in_chans),
-        batch_size=args.validation_batch_size or args.batch_size,
-        interpolation=data_config['interpolation'],
-        crop_pct=data_config['crop_pct'],
-        **common,
-    )
-    return train_loader, eval_loader
+    batches = loader.loader
+    if isinstance(dataset, Images):
+        if args.aug_repeats:
+            sampler = RepeatAugSampler(dataset, args.world_size, args.rank, num_repeats=args.aug_repeats)
+        else:
+            sampler = DistributedSampler(dataset, args.world_size, args.rank, seed=args.seed)
+        batches = DataLoader(
+            SeededImages(dataset),
+            batch_sampler=SeededBatchSampler(sampler, args.batch_size, args.seed, args.rank),
+            num_workers=args.workers,
+            collate_fn=batches.collate_fn,
+            pin_memory=args.pin_mem,
+            worker_init_fn=_start_worker,
+            persistent_workers=args.workers > 0 and not args.mixup_off_epoch,
+        )
+    elif args.aug_repeats:
+        raise ValueError(f'--aug-repeats needs images that are numbered, {args.dataset} is a stream.')
+    loader.loader = EpochLoader(batches, args.seed, args.rank)
+    return loader

@@ -1,64 +1,186 @@
 """One epoch of training, and one of measuring."""
 import argparse
-from contextlib import AbstractContextManager
-from typing import Callable, Dict, Optional
+import logging
+import signal
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Callable, Dict, Optional
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationEvaluator, TrainingTask
-from timm.utils import AverageMeter, NativeScaler, dispatch_clip_grad
+from timm.task import ClassificationEvaluator, ClassificationTask, evaluation_sample_limit
+from timm.utils import NativeScaler, dispatch_clip_grad, is_primary
 from tqdm import tqdm
+
+from .data import seed_everything
+
+_logger = logging.getLogger('train')
+
+
+class Stopped(Exception):
+    """A signal has asked the run to end."""
+
+
+class Stop:
+    """Notes a signal to end, within a `with` statement, so that training ends where it can go on from."""
+
+    def __init__(self) -> None:
+        self.signal = None
+
+    def __enter__(self) -> 'Stop':
+        self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.signal = number
+
+
+class Task(ClassificationTask):
+    """timm's task, which keeps in its checkpoints how far the run has come.
+
+    Attributes:
+        progress: ``epoch`` and ``batch`` that come next, ``images`` in a batch of all processes, and ``totals`` of the
+            epoch so far (sum of losses, correct predictions, images).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.progress = dict(epoch=0, batch=0, images=0, totals=[0., 0., 0.])
+
+    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+        return {} if ema else self.progress
+
+    def load_task_state(
+            self,
+            state: Optional[Dict[str, Any]],
+            strict: bool = True,
+            module: Optional[nn.Module] = None,
+            ema: bool = False,
+    ) -> None:
+        if not ema:
+            self.progress.update(state)
+
+
+def updates_per_epoch(loader, args: argparse.Namespace) -> int:
+    """Number of optimizer steps in an epoch; the last may take fewer batches."""
+    return -(-len(loader) // args.grad_accum_steps)
 
 
 def train_one_epoch(
-        epoch: int,
-        task: TrainingTask,
+        task: Task,
         loader,
         optimizer: torch.optim.Optimizer,
         lr_scheduler: Scheduler,
         args: argparse.Namespace,
         autocast: Callable[[], AbstractContextManager],
-        loss_scaler: Optional[NativeScaler] = None,
+        loss_scaler: Optional[NativeScaler],
+        stop: Stop,
+        save: Callable[[], None],
 ) -> Dict[str, float]:
-    """Train for one epoch.
+    """Train for one epoch, or for what `task.progress` leaves of it.
+
+    Args:
+        save: Writes a checkpoint from inside the epoch.
 
     Returns:
-        Mean training loss of the epoch, under ``loss``.
+        Means over the epoch and all processes: ``loss``, ``top1`` accuracy in percent (on images as augmented; of mixed
+        ones, for the larger part), and ``images_per_second``.
 
     Raises:
         FloatingPointError: If the loss is no longer finite.
+        Stopped: If a signal has asked for it, after `save`.
     """
-    task.get_trainable_module().train()
-    losses = AverageMeter()
-    num_updates = epoch * len(loader)
-    progress = tqdm(loader, desc=f'epoch {epoch}', unit='batch', leave=False, disable=None)
-    for images, targets in progress:
+    progress = task.progress
+    epoch, start, num_batches, accum_steps = progress['epoch'], progress['batch'], len(loader), args.grad_accum_steps
+    remainder = num_batches % accum_steps
+    num_updates = epoch * updates_per_epoch(loader, args) + start // accum_steps
+    loader.loader.set_epoch(epoch, start)
+    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+        loader.mixup_enabled = False
+    task.get_trainable_module().train(not args.linear_probe)  # frozen layers keep their statistics
+    optimizer.zero_grad()
+
+    plain = is_primary(args) and not sys.stderr.isatty()
+    sums = torch.zeros(4, device=task.device)  # of an update: losses, correct predictions, images, requests to stop
+    first_images, begin = progress['totals'][2], time.perf_counter()
+    bar = tqdm(
+        loader, f'epoch {epoch + 1}', num_batches, initial=start, unit='batch', leave=False,
+        disable=None if is_primary(args) else True)
+    for batch, (images, targets) in enumerate(bar, start):
+        seed_everything(args.seed, args.rank, epoch, batch, 2)
+        need_update = (batch + 1) % accum_steps == 0 or batch + 1 == num_batches
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with autocast():
-            loss = task(images, targets)['loss']
-        losses.update(loss.item(), len(images))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f'The loss is {loss.item()} in epoch {epoch}. A lower --lr, a longer warm-up or --clip-grad may help.')
-
         clip_parameters = task.get_clip_parameters(exclude_head=args.clip_mode == 'agc')
-        if loss_scaler is not None:
-            loss_scaler(
-                loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=clip_parameters)
-        else:
-            loss.backward()
+        with nullcontext() if need_update else task.no_sync():
+            with autocast():
+                result = task(images, targets)
+            loss = result['loss'] / (remainder if num_batches - remainder <= batch < num_batches else accum_steps)
+            if loss_scaler is not None:
+                loss_scaler(
+                    loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=clip_parameters,
+                    need_update=need_update)
+            else:
+                loss.backward()
+        if need_update and loss_scaler is None:
             if args.clip_grad is not None:
                 dispatch_clip_grad(clip_parameters, value=args.clip_grad, mode=args.clip_mode)
             optimizer.step()
-        optimizer.zero_grad()
 
+        with torch.no_grad():
+            labels = targets.argmax(1) if targets.ndim == 2 else targets
+            sums[0] += result['loss'] * len(images)
+            sums[1] += (result['output'].argmax(1) == labels).sum()
+            sums[2] += len(images)
+        if not need_update:
+            continue
+
+        optimizer.zero_grad()
         num_updates += 1
         task.update_ema(step=num_updates)
-        lr_scheduler.step_update(num_updates=num_updates, metric=losses.avg)
-        progress.set_postfix(loss=f'{losses.avg:.3f}', lr=f'{optimizer.param_groups[0]["lr"]:.2g}')
-    return dict(loss=losses.avg)
+        sums[3] = stop.signal is not None
+        if args.distributed:
+            dist.all_reduce(sums)  # so that all processes stop at the same update
+        *update_totals, asked_to_stop = sums.tolist()
+        sums.zero_()
+        mean_loss = update_totals[0] / update_totals[2]
+        if mean_loss - mean_loss != 0:
+            raise FloatingPointError(
+                f'The loss is {mean_loss} at update {num_updates} (epoch {epoch + 1}, batch {batch + 1}). '
+                'A lower --lr, a longer warm-up or --clip-grad may help.')
+        totals = progress['totals'] = [sum(pair) for pair in zip(progress['totals'], update_totals)]
+        progress['batch'] = batch + 1
+        lr_scheduler.step_update(num_updates=num_updates, metric=totals[0] / totals[2])
+
+        elapsed = time.perf_counter() - begin
+        speed = (totals[2] - first_images) / elapsed
+        lr = optimizer.param_groups[0]['lr']
+        bar.set_postfix_str(f'loss {totals[0] / totals[2]:.3f}, lr {lr:.2g}, {speed:.0f} images/s', refresh=False)
+        if plain and num_updates % args.log_interval == 0:
+            left = elapsed / (batch + 1 - start) * (num_batches - batch - 1)
+            _logger.info(
+                f'epoch {epoch + 1}  [{batch + 1}/{num_batches}]  loss {mean_loss:.4f}  lr {lr:.3g}  '
+                f'{speed:.0f} images/s  {left:.0f} s left in the epoch')
+        if asked_to_stop or args.recovery_interval and num_updates % args.recovery_interval == 0:
+            save()
+        if asked_to_stop:
+            raise Stopped
+
+    if hasattr(optimizer, 'sync_lookahead'):
+        optimizer.sync_lookahead()
+    total_loss, correct, count = progress['totals']
+    return dict(
+        loss=total_loss / count,
+        top1=100 * correct / count,
+        images_per_second=(count - first_images) / (time.perf_counter() - begin),
+    )
 
 
 @torch.inference_mode()
@@ -68,18 +190,25 @@ def validate(
         args: argparse.Namespace,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager],
+        stop: Optional[Stop] = None,
 ) -> Dict[str, float]:
-    """Measure a model.
+    """Measure a model, over all processes.
 
     Returns:
         Cross-entropy ``loss``, and ``top1`` and ``top5`` accuracy in percent.
+
+    Raises:
+        Stopped: If a signal has asked for it.
     """
     model.eval()
-    evaluator = ClassificationEvaluator(device)
-    for images, targets in tqdm(loader, desc='validate', unit='batch', leave=False, disable=None):
+    evaluator = ClassificationEvaluator(device, max_samples=evaluation_sample_limit(loader))
+    for images, targets in tqdm(
+            loader, 'validate', unit='batch', leave=False, disable=None if is_primary(args) else True):
+        if stop is not None and stop.signal is not None:
+            raise Stopped
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with autocast():
             output = model(images)
         evaluator.update(output, targets)
-    return dict(evaluator.compute())
+    return dict(evaluator.compute(distributed=args.distributed))

@@ -1,45 +1,151 @@
-"""What a run leaves in its folder beside the checkpoints: a model that timm loads, and what it has become."""
+"""What a run leaves in its folder beside the checkpoints: its log, a model that timm loads, and what it has become."""
+import argparse
 import copy
-import csv
-import os
+import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import timm_dresnet
 import torch
 import torch.nn as nn
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from timm.models import save_for_hf
 
+from .files import read_csv, replace, write_epoch
 
-def _plot_curves(summary: Path, path: Path) -> None:
-    with summary.open(newline='') as f:
-        rows = list(csv.DictReader(f))
-    epochs = [int(row['epoch']) + 1 for row in rows]
+
+def has_connections(model: nn.Module) -> bool:
+    """Whether the model learns its connections."""
+    return isinstance(model, (timm_dresnet.DResNet, timm_dresnet.AdaResNet))
+
+
+def plot_curves(summary: Path, path: Path) -> None:
+    """Draw loss and accuracy, in training and validation, over the epochs of a `summary.csv`."""
+    rows = read_csv(summary)
     figure = Figure(figsize=(9, 3.6), layout='constrained')
     losses, accuracies = figure.subplots(1, 2)
     for axes, columns in (
             (losses, {'train_loss': 'training (as augmented and smoothed)', 'eval_loss': 'validation'}),
-            (accuracies, {'eval_top1': 'top-1', 'eval_top5': 'top-5'}),
+            (accuracies, {
+                'train_top1': 'training (as augmented)', 'eval_top1': 'validation', 'eval_top5': 'validation, top-5'}),
     ):
-        for (column, label), style in zip(columns.items(), ('.-', '.--')):
-            axes.plot(epochs, [float(row[column]) for row in rows], style, label=label)
+        for (column, label), style in zip(columns.items(), ('.-', '.--', '.:')):
+            points = [(int(row['epoch']) + 1, float(row[column])) for row in rows if row.get(column)]
+            axes.plot(*zip(*points), style, label=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel='epoch')
         axes.grid(alpha=0.3)
         axes.legend()
-    losses.set(title='Loss', ylabel='cross-entropy')
-    accuracies.set(title='Validation accuracy', ylabel='accuracy, %')
+    losses.set(title='Loss', ylabel='loss')
+    accuracies.set(title='Accuracy', ylabel='top-1 accuracy, %')
     figure.savefig(path, dpi=150)
 
 
-def _write_csv(records: List[Dict[str, Any]], path: Path) -> None:
-    with path.open('w', newline='') as f:
-        writer = csv.DictWriter(f, records[0])
-        writer.writeheader()
-        writer.writerows(records)
+def plot_history(table: Path, path: Path) -> None:
+    """Draw every gate, or skip weight, over the epochs of a `connections.csv`."""
+    lines: Dict[Any, List[Any]] = {}
+    for row in read_csv(table):
+        value = float(row['gate'] if 'gate' in row else row['alpha'])
+        lines.setdefault((int(row['target']), row.get('source')), []).append((int(row['epoch']) + 1, value))
+    figure = Figure(figsize=(6, 4), layout='constrained')
+    axes = figure.subplots()
+    targets = Normalize(1, max(target for target, _ in lines))
+    for (target, _), points in lines.items():
+        color = colormaps['viridis'](targets(target))
+        axes.plot(*zip(*points), '.-', color=color, linewidth=0.8, markersize=3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    has_gates = next(iter(lines))[1] is not None
+    axes.set(xlabel='epoch', ylabel='gate' if has_gates else 'skip weight', title='Learned connections')
+    axes.grid(alpha=0.3)
+    figure.colorbar(
+        ScalarMappable(targets, 'viridis'), ax=axes, label='block that takes', ticks=MaxNLocator(integer=True, nbins=8))
+    figure.savefig(path, dpi=150)
+
+
+class Log:
+    """Writes down each epoch: `summary.csv`, `connections.csv`, `curves.png`, and TensorBoard or W&B if asked for."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, first_epoch: int) -> None:
+        """
+        Args:
+            args: The run's arguments.
+            folder: Folder of the run.
+            first_epoch: Number of epochs that are in it.
+
+        Raises:
+            ValueError: If a package that is asked for is missing.
+        """
+        self.folder = folder
+        self.tensorboard = self.wandb = None
+        self.drawn = 0.
+        try:
+            if args.log_tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                self.tensorboard = SummaryWriter(folder, purge_step=first_epoch)
+            if args.log_wandb:
+                import wandb
+                self.wandb = wandb.init(
+                    project=args.wandb_project,
+                    name=folder.name,
+                    id=folder.name,
+                    tags=args.wandb_tags,
+                    config=vars(args),
+                    dir=folder,
+                    resume='allow',
+                )
+        except ModuleNotFoundError as e:
+            raise ValueError(f'{e.name} is not installed, try: pip install {e.name}') from e
+
+    def epoch(
+            self,
+            epoch: int,
+            train_metrics: Dict[str, float],
+            eval_metrics: Dict[str, float],
+            lr: float,
+            model: nn.Module,
+    ) -> None:
+        """Write down an epoch.
+
+        Args:
+            epoch: Its number, from 0.
+            train_metrics: From training.
+            eval_metrics: From validation, empty if there was none.
+            lr: Learning rate at its end.
+            model: The model, or its moving average.
+        """
+        row = {
+            **{f'train_{key}': value for key, value in train_metrics.items()},
+            **{f'eval_{key}': value for key, value in eval_metrics.items()},
+            'lr': lr,
+        }
+        write_epoch(self.folder / 'summary.csv', epoch, [row])
+        if has_connections(model):
+            write_epoch(self.folder / 'connections.csv', epoch, timm_dresnet.connections(model))
+        if self.tensorboard is not None:
+            for key, value in row.items():
+                self.tensorboard.add_scalar(key.replace('_', '/', 1), value, epoch)
+            self.tensorboard.flush()
+        if self.wandb is not None:
+            self.wandb.log(row, step=epoch)
+        if time.time() - self.drawn > 60:
+            self.drawn = time.time()
+            _draw(self.folder)
+
+
+def _draw(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.draw-') as name:
+        new = Path(name)
+        plot_curves(folder / 'summary.csv', new / 'curves.png')
+        if (folder / 'connections.csv').exists():
+            plot_history(folder / 'connections.csv', new / 'connections_history.png')
+        for file in new.iterdir():
+            replace(file, folder / file.name)
 
 
 def save_results(
@@ -48,24 +154,23 @@ def save_results(
         data_config: Dict[str, Any],
         label_names: Optional[List[str]] = None,
 ) -> None:
-    """Write `model.safetensors`, `config.json`, `curves.png`, and `connections.csv` and `.png` if any are learned.
-
-    All files are written beside their places and then moved there, so that a folder never holds half of one.
+    """Write pictures, `config.json`, and last, as the sign that the run is finished, `model.safetensors`.
 
     Args:
         model: The trained model.
-        folder: Where to write; holds the run's `summary.csv`.
+        folder: Where to write; holds the run's `summary.csv`, and `connections.csv` if it has any.
         data_config: Input size and preprocessing that the model was trained with.
         label_names: Names of the classes.
     """
+    for left_over in folder.glob('.*-*'):  # of a run that was killed
+        shutil.rmtree(left_over)
+    _draw(folder)
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)  # as safetensors wants it
     with tempfile.TemporaryDirectory(dir=folder, prefix='.results-') as name:
         new = Path(name)
         config = dict(label_names=label_names) if label_names else {}
         save_for_hf(model, new, model_config=config, data_config=data_config, safe_serialization=True)
-        _plot_curves(folder / 'summary.csv', new / 'curves.png')
-        if isinstance(model, (timm_dresnet.DResNet, timm_dresnet.AdaResNet)):
-            _write_csv(timm_dresnet.connections(model), new / 'connections.csv')
+        if has_connections(model):
             timm_dresnet.plot_connections(model, new / 'connections.png')
-        for file in new.iterdir():
-            os.replace(file, folder / file.name)
+        for file in sorted(new.iterdir(), key=lambda file: file.suffix == '.safetensors'):
+            replace(file, folder / file.name)

@@ -1,0 +1,98 @@
+"""A run that was stopped goes on with the same command, to the very weights of one that was not."""
+import csv
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from conftest import ROOT
+
+# random numbers everywhere: in loading processes, in erasing, in the model; and a moving average with warm-up
+RECIPE = [
+    '--config', 'train/recipes/digits.yaml', '--model', 'test_dresnet', '--epochs', '3', '--warmup-epochs', '1',
+    '--opt', 'adamw', '--lr', '0.003', '--mixup', '0.2', '--cutmix', '1', '--reprob', '0.3', '--aa', 'rand-m5-n1',
+    '--drop-path', '0.2', '--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9', '--model-ema-warmup',
+    '--grad-accum-steps', '2', '--recovery-interval', '2', '--deterministic',
+]
+
+
+def start(output, *args, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, '-m', 'train', *RECIPE, '--output', str(output), *map(str, args)], cwd=ROOT,
+        stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def finish(process):
+    _, log = process.communicate()
+    assert process.returncode == 0, log
+    return log
+
+
+def interrupt(process, number, after):
+    """Send a signal some seconds after training has begun. Returns whether it came before the end, and the log."""
+    log = []
+    while not re.search('Training|Going on', ''.join(log[-1:])):
+        log.append(process.stderr.readline())
+        assert log[-1], ''.join(log)
+    try:
+        _, rest = process.communicate(timeout=after)
+        return False, ''.join([*log, rest])
+    except subprocess.TimeoutExpired:
+        process.send_signal(number)
+        _, rest = process.communicate()
+        return True, ''.join([*log, rest])
+
+
+def rows(folder):
+    with (folder / 'summary.csv').open() as f:
+        return [{k: v for k, v in row.items() if k != 'train_images_per_second'} for row in csv.DictReader(f)]
+
+
+def assert_same(folder, expected):
+    weights, expected_weights = load_file(folder / 'model.safetensors'), load_file(expected / 'model.safetensors')
+    assert weights.keys() == expected_weights.keys()
+    assert all((weights[key] == expected_weights[key]).all() for key in weights)
+    assert rows(folder) == rows(expected)
+    assert (folder / 'connections.csv').read_text() == (expected / 'connections.csv').read_text()
+    assert not [path for path in folder.iterdir() if path.name.startswith('.') or 'recovery' in path.name]
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    output = tmp_path_factory.mktemp('uninterrupted')
+    finish(start(output))
+    return output / 'digits'
+
+
+def test_sigterm_saves_and_exits(uninterrupted, tmp_path):
+    process = start(tmp_path, '--workers', 0)  # nor does the number of processes that load matter
+    stopped, log = interrupt(process, signal.SIGTERM, after=1.5)
+    assert stopped and process.returncode == 128 + signal.SIGTERM
+    assert re.search(r'Stopped.*same command.*recovery-\d+-\d+\.pth\.tar', log)
+    log = finish(start(tmp_path))
+    assert re.search('Going on from .*recovery', log)
+    assert_same(tmp_path / 'digits', uninterrupted)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['digits']
+
+
+@pytest.mark.slow
+def test_killed_anywhere(uninterrupted, tmp_path):
+    times = random.Random(0)
+    kills = 0
+    while kills < 10:
+        output = tmp_path / str(kills)
+        for _ in range(100):
+            process = start(output)
+            stopped, log = interrupt(process, signal.SIGKILL, after=times.uniform(0, 4))
+            kills += stopped
+            if not stopped:
+                assert process.returncode == 0, log
+                break
+        assert_same(output / 'digits', uninterrupted)

@@ -1,0 +1,134 @@
+"""The folder of a run: which one it is, and the checkpoints in it, from the newest of which a run goes on."""
+import errno
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import torch
+import yaml
+from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import CheckpointSaver, NativeScaler
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
+from .files import replace
+
+_logger = logging.getLogger('train')
+
+# arguments that may differ when a run goes on, since they do not change what comes out
+_FREE = {
+    'bad_images', 'checkpoint_hist', 'data_dir', 'device', 'experiment', 'in_memory', 'log_interval',
+    'log_tensorboard', 'log_wandb', 'output', 'pin_mem', 'recovery_interval', 'validation_batch_size', 'wandb_project',
+    'wandb_tags', 'workers',
+}
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run that wrote the folder came to its end."""
+    return (folder / 'model.safetensors').exists()
+
+
+def open_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
+    """Find the unfinished run of this name with the same arguments, or make a folder for a new one.
+
+    Args:
+        output: Folder of the folders of runs.
+        name: Name of the run; where it is taken by another run, `-1`, `-2`, ... is added.
+        recipe: All arguments of the run.
+    """
+    def binding(arguments: Dict[str, Any]) -> Dict[str, Any]:
+        return {key: value for key, value in arguments.items() if key not in _FREE}
+
+    text = yaml.safe_dump(recipe)
+    number = 0
+    while True:
+        folder = output / (f'{name}-{number}' if number else name)
+        arguments = folder / 'args.yaml'
+        if not folder.exists():
+            break
+        if arguments.exists() and not is_finished(folder):
+            if binding(yaml.safe_load(arguments.read_text())) == binding(yaml.safe_load(text)):
+                return folder
+        number += 1
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.run-'))
+    new.chmod(0o755)
+    (new / 'args.yaml').write_text(text)
+    replace(new, folder)
+    return folder
+
+
+def newest(folder: Path) -> Optional[Path]:
+    """The checkpoint of a folder that is furthest in training, among those that are whole."""
+    found = {}
+    for path in folder.glob('*.pth.tar'):
+        try:
+            progress = load_checkpoint_metadata(path)['task_state']
+        except (OSError, RuntimeError, KeyError, EOFError) as e:
+            _logger.warning(f'{path} is not a whole checkpoint and left aside ({type(e).__name__}).')
+            continue
+        found[progress['epoch'], progress['batch']] = path
+    return found[max(found)] if found else None
+
+
+class Checkpoints(CheckpointSaver):
+    """timm's checkpoints, of which a kill or a loss of power leaves the old ones or the new ones, whole."""
+
+    def _save(self, save_path: str, epoch: int, metric: Optional[float] = None) -> None:
+        for name, parameter in self.task.get_trainable_module().named_parameters():
+            if not parameter.isfinite().all():
+                raise FloatingPointError(f'{name} is no longer finite after epoch {epoch}.')
+        try:
+            super()._save(save_path, epoch, metric)
+        except (OSError, RuntimeError) as e:  # torch's own writer raises a RuntimeError when a disk is full
+            Path(save_path).unlink(missing_ok=True)
+            free = shutil.disk_usage(Path(save_path).parent).free
+            raise OSError(
+                errno.EIO, f'the checkpoint of epoch {epoch} could not be written, there are {free / 2 ** 20:.0f} MiB '
+                           f'free on its disk ({str(e).splitlines()[0]})') from e
+
+    def _replace(self, src: str, dst: str) -> None:
+        replace(Path(src), Path(dst))
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        with tempfile.TemporaryDirectory(dir=self.checkpoint_dir, prefix='.link-') as folder:
+            new = os.path.join(folder, 'new')
+            super()._duplicate(src, new)
+            self._replace(new, dst)
+
+    def save_checkpoint(self, epoch: int, metric: Optional[float] = None):
+        """Save the end of an epoch, which makes the checkpoints from inside it needless."""
+        best = super().save_checkpoint(epoch, metric)
+        for path in Path(self.recovery_dir).glob(f'{self.recovery_prefix}-*{self.extension}'):
+            path.unlink()
+        return best
+
+    def continue_from(self, path: Path) -> None:
+        """Go on with the files that were there when a checkpoint was written, and the best of them."""
+        self.load_state_dict_from_checkpoint(str(path))
+        progress = self.task.progress
+        if progress['batch'] == 0 and self.best_epoch == progress['epoch'] - 1:
+            self._duplicate(str(path), os.path.join(self.checkpoint_dir, 'model_best' + self.extension))
+
+
+def restore(
+        path: Path,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        loss_scaler: Optional[NativeScaler] = None,
+) -> None:
+    """Load model, moving average, optimizer, loss scaler and progress.
+
+    Raises:
+        ValueError: If the checkpoint does not fit.
+    """
+    try:
+        resume_task_checkpoint(task, str(path), optimizer, loss_scaler, log_info=False)
+        if task.has_ema():
+            load_task_ema_checkpoint(task, str(path))
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(f'{path} does not fit this run ({str(e).splitlines()[0]}), use another --experiment.') from e
+    except FileNotFoundError:
+        raise ValueError(f'{path} is not on this machine: --output must be a folder that all machines share.') from None
