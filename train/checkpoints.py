@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterator, Optional
 
 import torch
 import yaml
@@ -31,7 +31,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def open_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
-    """Find the unfinished run of this name with the same arguments, or make a folder for a new one.
+    """Find the run of this name with the same arguments, finished or not, or make a folder for a new one.
 
     Args:
         output: Folder of the folders of runs.
@@ -48,9 +48,8 @@ def open_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
         arguments = folder / 'args.yaml'
         if not folder.exists():
             break
-        if arguments.exists() and not is_finished(folder):
-            if binding(yaml.safe_load(arguments.read_text())) == binding(yaml.safe_load(text)):
-                return folder
+        if arguments.exists() and binding(yaml.safe_load(arguments.read_text())) == binding(yaml.safe_load(text)):
+            return folder
         number += 1
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.run-'))
@@ -60,10 +59,14 @@ def open_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
     return folder
 
 
+def _unfinished(folder: Path) -> Iterator[Path]:
+    return folder.glob('*tmp.pth.tar')
+
+
 def newest(folder: Path) -> Optional[Path]:
     """The checkpoint of a folder that is furthest in training, among those that are whole."""
     found = {}
-    for path in folder.glob('*.pth.tar'):
+    for path in {*folder.glob('*.pth.tar')} - {*_unfinished(folder)}:
         try:
             progress = load_checkpoint_metadata(path)['task_state']
         except (OSError, RuntimeError, KeyError, EOFError) as e:
@@ -107,6 +110,8 @@ class Checkpoints(CheckpointSaver):
 
     def continue_from(self, path: Path) -> None:
         """Go on with the files that were there when a checkpoint was written, and the best of them."""
+        for file in _unfinished(path.parent):
+            file.unlink()
         self.load_state_dict_from_checkpoint(str(path))
         progress = self.task.progress
         if progress['batch'] == 0 and self.best_epoch == progress['epoch'] - 1:

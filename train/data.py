@@ -5,10 +5,11 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from timm.data import FastCollateMixup, create_dataset, create_loader
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -284,6 +285,18 @@ def _create_images(args: argparse.Namespace, split: str, is_training: bool, in_c
     if not len(dataset):
         raise ValueError(f'there are no images in {args.data_dir} (split {split}).')
     return Images(dataset, mode, skip_bad=args.bad_images == 'skip', in_memory=args.in_memory)
+
+
+def count_bad_images(loaders: Sequence[Any], device: torch.device, distributed: bool) -> int:
+    """Number of images that could not be read so far, by any process; those of a stream are not known."""
+    datasets = [getattr(loader.dataset, 'images', loader.dataset) for loader in loaders]
+    flags = [dataset.bad for dataset in datasets if isinstance(dataset, Images)]
+    if not flags:
+        return 0
+    bad = torch.cat(flags).to(device, torch.int32)
+    if distributed:
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+    return int(bad.sum())
 
 
 def class_names(dataset: Dataset) -> Optional[List[str]]:

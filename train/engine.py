@@ -21,7 +21,7 @@ _logger = logging.getLogger('train')
 
 
 class Stopped(Exception):
-    """A signal has asked the run to end."""
+    """A signal, whose number it holds, has asked the run to end."""
 
 
 class Stop:
@@ -39,7 +39,7 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        self.signal = number
+        self.signal = int(number)
 
 
 class Task(ClassificationTask):
@@ -171,7 +171,7 @@ def train_one_epoch(
         if asked_to_stop or args.recovery_interval and num_updates % args.recovery_interval == 0:
             save()
         if asked_to_stop:
-            raise Stopped
+            raise Stopped(stop.signal or int(signal.SIGTERM))  # the signal may have come to another process
 
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
@@ -205,7 +205,7 @@ def validate(
     for images, targets in tqdm(
             loader, 'validate', unit='batch', leave=False, disable=None if is_primary(args) else True):
         if stop is not None and stop.signal is not None:
-            raise Stopped
+            raise Stopped(stop.signal)
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with autocast():

@@ -1,0 +1,214 @@
+"""`python -m train.compare`: several models with one recipe and several seeds, as a table and pictures.
+
+Every run is one of `python -m train`, in a folder of its own. Stopped and started again with the same command, the
+comparison goes on where it was.
+"""
+import argparse
+import logging
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional
+
+import timm
+import torch
+import yaml
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from timm.utils import setup_default_logging
+from torch.utils.flop_counter import FlopCounterMode
+
+from .checkpoints import is_finished, open_folder
+from .engine import Stop
+from .files import read_csv, replace, write_csv
+
+_logger = logging.getLogger('train')
+_HERE = Path(__file__).parent
+_CURVES = {
+    'acc': ('top-1 accuracy, %', {'validation': 'eval_top1', 'train': 'train_top1'}),
+    'loss': ('loss', {'validation': 'eval_loss', 'train': 'train_loss'}),
+}
+
+
+def _slug(name: str) -> str:
+    return re.sub(r'\W+', '-', name.lower()).strip('-')
+
+
+def load_config(name: str, smoke: bool = False) -> Dict[str, Any]:
+    """Read a comparison, and for each of its models the whole recipe.
+
+    Args:
+        name: Name of one in `train/comparisons/`, or path of a YAML file: ``recipe`` (likewise), ``seeds``,
+            ``arguments`` over the recipe, ``models`` (name: arguments over those), and ``smoke`` (likewise).
+        smoke: With the arguments that make it small, one seed only.
+
+    Raises:
+        ValueError: If it is not a comparison.
+    """
+    path = Path(name) if name.endswith('.yaml') else _HERE / 'comparisons' / f'{name}.yaml'
+    try:
+        config = yaml.safe_load(path.read_text())
+        recipe = config['recipe']
+        recipe = Path(recipe) if recipe.endswith('.yaml') else _HERE / 'recipes' / f'{recipe}.yaml'
+        common = {**yaml.safe_load(recipe.read_text()), **config.get('arguments', {})}
+        small = config.get('smoke', {}) if smoke else {}
+        models = {model: {**common, **arguments, **small} for model, arguments in config['models'].items()}
+        return dict(seeds=config['seeds'][:1] if smoke else config['seeds'], models=models)
+    except OSError as e:
+        known = ', '.join(sorted(file.stem for file in (_HERE / 'comparisons').iterdir()))
+        raise ValueError(f'{e.filename} cannot be read ({e.strerror}); there are: {known}.') from e
+    except (AttributeError, KeyError, TypeError, yaml.YAMLError) as e:
+        raise ValueError(f'{path} is not a comparison: {type(e).__name__} {e}') from e
+
+
+def run(command: List[str], stop: Stop) -> None:
+    """Run a training to its end; if this process is asked to end, so is that one.
+
+    Raises:
+        SystemExit: If it fails or was asked to end.
+    """
+    process = subprocess.Popen(command)
+    forwarded = False
+    while process.poll() is None:
+        try:
+            process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            if stop.signal is not None and not forwarded:
+                process.send_signal(stop.signal)
+                forwarded = True
+    if process.returncode:
+        sys.exit(process.returncode)
+
+
+def summarize(name: str, folders: List[Path]) -> Dict[str, Any]:
+    """A model's line of the table, over the seeds whose runs are finished."""
+    histories = [read_csv(folder / 'summary.csv') for folder in folders]
+    accuracies = [[float(row['eval_top1']) for row in rows if row['eval_top1']] for rows in histories]
+    speeds = [float(row['train_images_per_second']) for rows in histories for row in rows]
+    model = timm.create_model(f'local-dir:{folders[0]}').eval()
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.zeros(1, *model.pretrained_cfg['input_size']))
+    best, last = [max(values) for values in accuracies], [values[-1] for values in accuracies]
+    deviation: Callable[[List[float]], Optional[float]] = lambda v: statistics.stdev(v) if len(v) > 1 else None
+    return {
+        'model': name,
+        'parameters': sum(p.numel() for p in model.parameters()),
+        'multiply_adds': counter.get_total_flops() // 2,
+        'best_top1': statistics.mean(best),
+        'best_top1_std': deviation(best),
+        'last_top1': statistics.mean(last),
+        'last_top1_std': deviation(last),
+        'images_per_second': statistics.median(speeds),
+        'epochs': len(histories[0]),
+        'seeds': len(folders),
+    }
+
+
+def write_table(lines: List[Dict[str, Any]], folder: Path) -> None:
+    """Write `comparison.csv` and `comparison.md`."""
+    def accuracy(line: Dict[str, Any], key: str) -> str:
+        std = line[f'{key}_std']
+        return f'{line[key]:.2f}' + (f' ± {std:.2f}' if std is not None else '')
+
+    write_csv(folder / 'comparison.csv', lines)
+    text = ['| model | parameters | multiply-adds | best top-1, % | last top-1, % | images/s | epochs | seeds |',
+            '| --- | --- | --- | --- | --- | --- | --- | --- |']
+    text += [
+        f'| {line["model"]} | {line["parameters"]:,} | {line["multiply_adds"] / 1e6:,.1f} M '
+        f'| {accuracy(line, "best_top1")} | {accuracy(line, "last_top1")} | {line["images_per_second"]:.0f} '
+        f'| {line["epochs"]} | {line["seeds"]} |'
+        for line in lines
+    ]
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.table-') as name:
+        new = Path(name, 'comparison.md')
+        new.write_text('\n'.join(text) + '\n')
+        replace(new, folder / new.name)
+
+
+def _curve(folders: List[Path], column: str) -> List[List[float]]:
+    """Epochs, and mean, minimum and maximum of a column over seeds."""
+    values: Dict[int, List[float]] = {}
+    for folder in folders:
+        for row in read_csv(folder / 'summary.csv'):
+            if row[column]:
+                values.setdefault(int(row['epoch']) + 1, []).append(float(row[column]))
+    return [list(values), *([f(v) for v in values.values()] for f in (statistics.mean, min, max))]
+
+
+def draw(runs: Dict[str, List[Path]], folder: Path) -> None:
+    """Draw `acc.png` and `loss.png` of all models in validation, and such a pair of each in training and validation.
+
+    Lines are means over the seeds, the bands about them go from the lowest to the highest.
+    """
+    def save(curves: Dict[str, List[List[float]]], label: str, title: str, path: Path) -> None:
+        figure = Figure(figsize=(7, 4.5), layout='constrained')
+        axes = figure.subplots()
+        for i, (name, (epochs, mean, low, high)) in enumerate(curves.items()):
+            color = colormaps['tab10'](i % 10)
+            axes.plot(epochs, mean, '.-', color=color, label=name)
+            axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.set(title=title, xlabel='epoch', ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(path, dpi=150)
+
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.draw-') as name:
+        new = Path(name)
+        for kind, (label, columns) in _CURVES.items():
+            curves = {model: _curve(folders, columns['validation']) for model, folders in runs.items()}
+            save(curves, label, 'Validation', new / f'{kind}.png')
+            for model, folders in runs.items():
+                curves = {part: _curve(folders, column) for part, column in columns.items()}
+                save(curves, label, model, new / f'{_slug(model)}_{kind}.png')
+        for file in new.iterdir():
+            replace(file, folder / file.name)
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    setup_default_logging()
+    parser = argparse.ArgumentParser(
+        prog='python -m train.compare',
+        description='Train several models with one recipe and several seeds, and compare them.',
+        epilog='All other arguments go to every python -m train: --data-dir DIR, --epochs 10, ...')
+    parser.add_argument('-c', '--config', required=True, metavar='NAME',
+                        help='a comparison in train/comparisons, or a YAML file like those')
+    parser.add_argument('--smoke', action='store_true', help='the size that ends in minutes on two cores, on digits')
+    parser.add_argument('--models', nargs='+', metavar='NAME', help='some of its models (all if not set)')
+    parser.add_argument('--seeds', nargs='+', type=int, metavar='N', help='other seeds')
+    parser.add_argument('--output', default='output', metavar='DIR', help='folder for its folder')
+    args, others = parser.parse_known_args(argv)
+    try:
+        config = load_config(args.config, args.smoke)
+        for model in args.models or []:
+            if model not in config['models']:
+                raise ValueError(f'--models: there is no {model!r}, only {", ".join(config["models"])}.')
+    except ValueError as e:
+        sys.exit(f'python -m train.compare: error: {e}')
+    models = {model: config['models'][model] for model in args.models or config['models']}
+    seeds = args.seeds or config['seeds']
+
+    name = Path(args.config).stem + ('-smoke' if args.smoke else '')
+    folder = open_folder(Path(args.output), name, dict(models=models, seeds=seeds, others=others))
+    runs: Dict[str, List[Path]] = {}
+    with Stop() as stop:
+        for seed in seeds:  # all models of one seed first: a comparison that is stopped has something to compare
+            for model, recipe in models.items():
+                experiment = f'{_slug(model)}-seed{seed}'
+                if not is_finished(folder / experiment):
+                    _logger.info(f'{model}, seed {seed}')
+                    path = folder / f'{experiment}.yaml'
+                    path.write_text(yaml.safe_dump({**recipe, 'seed': seed, 'experiment': experiment}))
+                    run([sys.executable, '-m', 'train', '--config', str(path), '--output', str(folder), *others], stop)
+                runs.setdefault(model, []).append(folder / experiment)
+                write_table([summarize(model, folders) for model, folders in runs.items()], folder)
+                draw(runs, folder)
+    print((folder / 'comparison.md').read_text() + f'It lies in {folder.resolve()}')
+
+
+if __name__ == '__main__':
+    main()
