@@ -30,6 +30,16 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                        help='what to do when an image cannot be read; skipped ones are counted')
 
 
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """What both ask about the device."""
+    group = parser.add_argument_group('device')
+    group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME',
+                       help='device to train on')
+    group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
+    group.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    group.add_argument('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='its lower precision')
+
+
 def create_parser() -> argparse.ArgumentParser:
     """The parser of `python -m train`."""
     parser = argparse.ArgumentParser(
@@ -149,12 +159,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--bce-sum', action='store_true', help='sum it over classes')
     group.add_argument('--bce-pos-weight', type=float, metavar='X', help='weight of positive targets')
 
+    add_device_arguments(parser)
+
     group = parser.add_argument_group('speed')
-    group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME',
-                       help='device to train on')
-    group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
-    group.add_argument('--amp', action='store_true', help='automatic mixed precision')
-    group.add_argument('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='its lower precision')
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')
     group.add_argument('--torchcompile-mode', metavar='MODE', help='mode of torch.compile')
     group.add_argument('--grad-checkpointing', action='store_true', help='trade time for memory')

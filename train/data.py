@@ -1,5 +1,7 @@
 """Data sets and loaders: timm's, in an order and with augmentations that depend only on seed, epoch and batch."""
 import argparse
+import atexit
+import multiprocessing
 import random
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -249,6 +251,14 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@atexit.register
+def _kill_workers() -> None:
+    # multiprocessing would ask them to end by a signal that they ignore, and wait for it
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 def _create_images(args: argparse.Namespace, split: str, is_training: bool, in_chans: int) -> Dataset:
     mode = args.input_img_mode or ('RGB' if in_chans == 3 else 'L')
     if args.dataset == 'digits':
@@ -307,6 +317,17 @@ def class_names(dataset: Dataset) -> Optional[List[str]]:
         index = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
         names = sorted(index, key=index.get) if index else None
     return [str(name) for name in names] if names else None
+
+
+def check_classes(dataset: Dataset, num_classes: int) -> None:
+    """Refuse a data set that has more classes than the model.
+
+    Raises:
+        ValueError: If it has.
+    """
+    names = class_names(dataset)
+    if names and len(names) > num_classes:
+        raise ValueError(f'the data set has {len(names)} classes, the model {num_classes}: see --num-classes.')
 
 
 def _common(args: argparse.Namespace, data_config: Dict[str, Any], device: torch.device) -> Dict[str, Any]:

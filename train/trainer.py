@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import sync_batch_norm
 from .checkpoints import Checkpoints, is_finished, newest, open_folder, restore
-from .data import class_names, count_bad_images, create_eval_loader, create_train_loader
+from .data import check_classes, class_names, count_bad_images, create_eval_loader, create_train_loader
 from .engine import Stop, Stopped, Task, train_one_epoch, updates_per_epoch, validate
 from .results import Log, save_results
 
@@ -150,6 +150,7 @@ class Trainer:
         self.data_config = resolve_data_config(vars(args), model=model)
         self.train_loader = create_train_loader(args, self.data_config, model.num_classes, device)
         self.eval_loader = create_eval_loader(args, self.data_config, device)
+        check_classes(self.eval_loader.dataset, model.num_classes)
         if not len(self.train_loader):
             raise ValueError(f'--batch-size {args.batch_size} is more than there are training images.')
         if args.distributed and args.sync_bn:

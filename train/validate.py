@@ -1,0 +1,113 @@
+"""`python -m train.validate`: accuracy and loss of models at one or several resolutions, as a table."""
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.models import load_checkpoint
+from timm.utils import ParseKwargs, init_distributed_device, is_primary, setup_default_logging
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
+from .arguments import add_data_arguments, add_device_arguments
+from .data import BadImageError, check_classes, create_eval_loader
+from .engine import validate
+from .trainer import create_autocast
+
+# arguments of a run that say how its model is made
+_OF_MODEL = ('model', 'num_classes', 'in_chans', 'model_kwargs')
+
+
+def load_model(name: str, args: argparse.Namespace) -> Tuple[torch.nn.Module, Dict[str, Any]]:
+    """Load a model by what it is called.
+
+    Args:
+        name: A pretrained model of timm's, a folder that a run has left, a checkpoint (of a run, or weights for
+            `--arch`), or a repository on the Hub as `hf-hub:owner/name`.
+        args: The arguments of the program.
+
+    Returns:
+        The model, and its input size and preprocessing.
+
+    Raises:
+        OSError: If a file cannot be read.
+        ValueError: If there is no such model, or weights do not fit it.
+    """
+    path = Path(name)
+    try:
+        if path.is_dir():
+            model = timm.create_model(f'local-dir:{path}', pretrained=True)
+        elif path.is_file():
+            run = load_checkpoint_metadata(name).get('args') if name.endswith('.pth.tar') else None
+            trained = dict(vars(run)) if run is not None else {}
+            made = {key: trained[key] for key in _OF_MODEL if trained.get(key)}
+            made.update({key: value for key, value in dict(
+                model=args.arch, num_classes=args.num_classes, in_chans=args.in_chans, **args.model_kwargs,
+            ).items() if value})
+            if 'model' not in made:
+                raise ValueError(f'{name} holds weights alone: say with --arch what model they are of.')
+            made.update(made.pop('model_kwargs', {}))
+            model = timm.create_model(made.pop('model'), **made)
+            load_checkpoint(model, name)  # the moving average, if there is one
+            data_config = resolve_data_config(trained, model=model)
+            data_config['input_size'] = made.get('in_chans', 3), *data_config['input_size'][1:]
+            return model, data_config
+        else:
+            model = timm.create_model(
+                name, pretrained=True, num_classes=args.num_classes, **args.model_kwargs)
+    except RuntimeError as e:
+        raise ValueError(f'{name}: {e}') from e
+    return model, resolve_data_config({}, model=model, use_test_size=True)
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    setup_default_logging()
+    parser = argparse.ArgumentParser(
+        prog='python -m train.validate',
+        description='Measure models: top-1 and top-5 accuracy and loss.',
+        epilog='example: python -m train.validate output/digits --dataset digits --img-size 16 24 32',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('models', nargs='+', metavar='MODEL',
+                        help="folder of a run, checkpoint, hf-hub:owner/name, or one of timm's pretrained models")
+    parser.add_argument('--img-size', type=int, nargs='+', metavar='N', help="image sizes (the model's if not set)")
+    parser.add_argument('--crop-pct', type=float, metavar='X', help="center crop (the model's if not set)")
+    parser.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images in a batch')
+    group = parser.add_argument_group('files that hold weights alone')
+    group.add_argument('--arch', metavar='NAME', help='architecture')
+    group.add_argument('--num-classes', type=int, metavar='N', help='number of classes')
+    group.add_argument('--in-chans', type=int, metavar='N', help='number of image channels')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+                       help='other arguments of the model')
+    add_data_arguments(parser)
+    add_device_arguments(parser)
+    parser.set_defaults(epoch_repeats=0., seed=0, validation_batch_size=None)
+    args = parser.parse_args(argv)
+    device = init_distributed_device(args)
+
+    rows = []
+    try:
+        for name in args.models:
+            model, data_config = load_model(name, args)
+            model.to(device)
+            if args.channels_last:
+                model.to(memory_format=torch.channels_last)
+            for size in args.img_size or [data_config['input_size'][-1]]:
+                config = {**data_config, 'input_size': (data_config['input_size'][0], size, size)}
+                config['crop_pct'] = args.crop_pct or config['crop_pct']
+                loader = create_eval_loader(args, config, device)
+                check_classes(loader.dataset, model.num_classes)
+                metrics = validate(model, loader, args, device, create_autocast(args, device))
+                rows.append((name, size, metrics))
+    except (OSError, ValueError, BadImageError) as e:
+        sys.exit(f'python -m train.validate: error: {str(e).strip().splitlines()[-1]}')
+    if is_primary(args):
+        print(f'| model | size | top-1, % | top-5, % | loss | ({len(loader.dataset):,} images)')
+        print('| --- | --- | --- | --- | --- |')
+        for name, size, metrics in rows:
+            print(f'| {name} | {size} | {metrics["top1"]:.2f} | {metrics["top5"]:.2f} | {metrics["loss"]:.4f} |')
+
+
+if __name__ == '__main__':
+    main()
