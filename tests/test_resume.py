@@ -1,13 +1,10 @@
 """A run that was stopped goes on with the same command, to the very weights of one that was not."""
 import csv
-import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from safetensors.torch import load_file
