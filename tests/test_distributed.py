@@ -139,7 +139,8 @@ def torchrun(output, *args):
          '-m', 'train', '--config', 'train/recipes/digits.yaml', '--device', 'cpu', '--model', 'test_dresnet',
          '--batch-size', '32', '--workers', '0', '--epochs', '4', '--warmup-epochs', '1', '--recovery-interval', '5',
          '--model-ema', '--model-ema-decay', '0.9', '--deterministic', '--output', str(output), *args],
-        cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'})
 
 
 @pytest.mark.slow

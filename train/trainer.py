@@ -179,8 +179,9 @@ class Trainer:
             self._go_on(checkpoint)
         self.task.progress['images'] = args.batch_size * args.world_size
         if args.distributed:
-            self.task.prepare_distributed(
-                device_ids=None if device.type == 'cpu' else [device], broadcast_buffers=not args.no_ddp_bb)
+            # torch warns of the argument, whose default is True
+            buffers = dict(broadcast_buffers=False) if args.no_ddp_bb else {}
+            self.task.prepare_distributed(device_ids=None if device.type == 'cpu' else [device], **buffers)
         if is_primary(args) and not self.finished:
             self._open_log(checkpoint)
 
