@@ -35,7 +35,7 @@ def finish(process):
 def interrupt(process, number, after):
     """Send a signal some seconds after training has begun. Returns whether it came before the end, and the log."""
     log = []
-    while not re.search('Training|Going on', ''.join(log[-1:])):
+    while not re.search('Training|Going on|holds the results', ''.join(log[-1:])):
         log.append(process.stderr.readline())
         assert log[-1], ''.join(log)
     try:

@@ -1,41 +1,41 @@
 """`python -m train` on scikit-learn's digits."""
 import csv
-import subprocess
-import sys
+import logging
+import resource
 
 import pytest
 import timm
 import torch
+import yaml
+from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_dresnet
 from train.__main__ import main
 from train.arguments import parse_args
+from train.checkpoints import newest
 from train.data import Digits
+from train.results import Log
 
 from conftest import ROOT
 
 RECIPE = ROOT / 'train' / 'recipes' / 'digits.yaml'
 
 
-def run_training(*args):
-    return subprocess.run([sys.executable, '-m', 'train', *map(str, args)], cwd=ROOT, capture_output=True, text=True)
-
-
 def accuracy(model, dataset):
     model.eval()
     config = resolve_model_data_config(model)
     transform = create_transform(**config, is_training=False)
-    images = torch.stack([transform(image) for image, _ in dataset])
+    images, targets = zip(*((transform(image), target) for image, target in dataset))
     with torch.inference_mode():
-        return (model(images).argmax(1) == torch.tensor(dataset.targets)).float().mean().item()
+        return (model(torch.stack(images)).argmax(1) == torch.tensor(targets)).float().mean().item()
 
 
 def test_digits(digits_folder):
     folder = digits_folder
     assert {path.name for path in folder.iterdir()} >= {
         'model.safetensors', 'config.json', 'summary.csv', 'args.yaml', 'curves.png', 'connections.csv',
-        'connections.png'}
+        'connections.png', 'connections_history.png'}
     assert not [path for path in folder.iterdir() if path.name.startswith('.')]
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     assert isinstance(model, timm_dresnet.DResNet)
@@ -54,39 +54,112 @@ def test_written_connections_are_the_models(digits_folder):
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     rows = list(csv.DictReader((folder / 'connections.csv').open()))
     records = timm_dresnet.connections(model)
-    assert len(rows) == len(records) == 28
-    for row, record in zip(rows, records):
+    assert len(records) == 28 and [int(row['epoch']) for row in rows] == [e for e in range(20) for _ in records]
+    for row, record in zip(rows[-28:], records):
         assert (row['target_name'], row['source_name']) == (record['target_name'], record['source_name'])
         assert float(row['gate']) == pytest.approx(record['gate'])
 
 
+def train(output, *args):
+    main(['--config', str(RECIPE), '--output', str(output), '--epochs', '2', '--warmup-epochs', '0', '--workers', '0',
+          *map(str, args)])
+    return output / 'digits'
+
+
 @pytest.mark.parametrize('args', [
-    ['--model', 'test_adaresnet', '--model-ema', '--model-ema-decay', 0.5, '--mixup', 0.2, '--bce-loss', '--amp',
-     '--amp-dtype', 'bfloat16', '--opt', 'lamb', '--lr', 0.005, '--clip-grad', 1, '--workers', 0],
+    ['--model', 'test_adaresnet', '--model-ema', '--model-ema-decay', 0.5, '--mixup', 0.2, '--bce-loss',
+     '--bce-target-thresh', 0.2, '--amp', '--amp-dtype', 'bfloat16', '--opt', 'lamb', '--lr', 0.005, '--clip-grad', 1,
+     '--aug-repeats', 3, '--mixup-off-epoch', 1],
     ['--model', 'resnet20_cifar', '--grad-checkpointing', '--layer-decay', 0.8, '--reprob', 0.2, '--aa', 'rand-m3',
-     '--torchcompile', 'aot_eager'],
+     '--torchcompile', 'aot_eager', '--clip-grad', 0.01, '--clip-mode', 'agc', '--model-ema', '--in-memory'],
     ['--model', 'test_dresnet', '--model-kwargs', 'gate=gauss', '--in-chans', 3, '--mean', 0.5, 0.5, 0.5, '--std', 0.5,
-     0.5, 0.5, '--drop-path', 0.1, '--sched', 'multistep', '--decay-milestones', 1],
+     0.5, 0.5, '--drop-path', 0.1, '--sched', 'multistep', '--decay-milestones', 1, '--aa', '3a', '--opt', 'muon',
+     '--lr', 0.01, '--grad-accum-steps', 3, '--val-interval', 2, '--aug-repeats', 2.5, '--log-tensorboard'],
+    ['--model', 'test_dresnet', '--aa', 'original', '--opt', 'adamw', '--lr', 0.01, '--sched', 'wsd', '--decay-epochs', 1,
+     '--cutmix-minmax', 0.2, 0.8, '--eval-metric', 'loss', '--checkpoint-hist', 2, '--gp', 'avgmax'],
 ], ids=lambda args: args[1])
 def test_other_arguments(args, tmp_path):
-    done = run_training('--config', RECIPE, '--output', tmp_path, '--epochs', 2, '--warmup-epochs', 0, *args)
-    assert done.returncode == 0, done.stderr
-    model = timm.create_model(f'local-dir:{tmp_path / "digits"}', pretrained=True)
+    folder = train(tmp_path, *args)
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     mode = 'RGB' if '--in-chans' in args else 'L'
-    rows = list(csv.DictReader((tmp_path / 'digits' / 'summary.csv').open()))
+    rows = list(csv.DictReader((folder / 'summary.csv').open()))
     tolerance = 0.03 if '--amp' in args else 0.003  # measured in bf16
     written = float(rows[-1]['eval_top1']) / 100
-    assert accuracy(model, Digits('validation', mode)) == pytest.approx(written, abs=tolerance)
-    assert (tmp_path / 'digits' / 'connections.png').exists() == (args[1] != 'resnet20_cifar')
+    images = Digits('validation')
+    images = [(image.convert(mode), target) for image, target in images]
+    assert accuracy(model, images) == pytest.approx(written, abs=tolerance)
+    assert bool(rows[0]['eval_top1']) == ('--val-interval' not in args)
+    assert (folder / 'connections.png').exists() == (args[1] != 'resnet20_cifar')
+    assert bool(list(folder.glob('events.out.tfevents*'))) == ('--log-tensorboard' in args)
 
 
-def test_earlier_results_are_kept(tmp_path):
-    (tmp_path / 'digits').mkdir()
-    done = run_training(
-        '--config', RECIPE, '--output', tmp_path, '--epochs', 1, '--warmup-epochs', 0, '--model', 'test_dresnet')
-    assert done.returncode == 0, done.stderr
-    assert not list((tmp_path / 'digits').iterdir())
+def test_the_same_command_again(tmp_path, caplog):
+    args = '--model', 'test_dresnet', '--epochs', 1
+    weights = (train(tmp_path, *args) / 'model.safetensors').stat()
+    with caplog.at_level(logging.INFO, 'train'):
+        assert (train(tmp_path, *args, '--workers', 1) / 'model.safetensors').stat() == weights
+    assert 'already' in caplog.text
+    train(tmp_path, *args, '--seed', 1)
+    assert (tmp_path / 'digits' / 'model.safetensors').stat() == weights
     assert (tmp_path / 'digits-1' / 'model.safetensors').exists()
+
+
+def test_linear_probe(digits_folder, tmp_path):
+    folder = train(
+        tmp_path, '--pretrained-path', digits_folder / 'model.safetensors', '--linear-probe', '--head-init-bias', 1)
+    before = timm.create_model(f'local-dir:{digits_folder}', pretrained=True).state_dict()
+    after = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {'fc.weight', 'fc.bias'}
+
+
+@pytest.mark.parametrize('option', ['--pretrained-path', '--initial-checkpoint'])
+def test_fine_tuning_starts_from_the_file(option, digits_folder, tmp_path):
+    file = digits_folder / 'model.safetensors'
+    folder = train(tmp_path, option, file, '--lr', 1e-9, '--weight-decay', 0, '--epochs', 1, '--bn-momentum', 0)
+    before, after = load_file(file), load_file(folder / 'model.safetensors')
+    kept = {key for key in before if torch.allclose(before[key], after[key], atol=1e-5)}
+    kept = {key for key in kept if 'num_batches' not in key}
+    changed = {key for key in before if 'num_batches' not in key} - kept
+    assert changed == (set() if option == '--initial-checkpoint' else {'fc.weight', 'fc.bias'})
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_down = Log.epoch
+
+    def then_fill_the_disk(self, epoch, *args):
+        write_down(self, epoch, *args)
+        if epoch == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+
+    monkeypatch.setattr(Log, 'epoch', then_fill_the_disk)
+    args = tmp_path, '--model', 'test_dresnet'
+    try:
+        with pytest.raises(SystemExit) as error:
+            train(*args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = error.value.code
+    assert 'epoch 1 could not be written' in message and 'MiB free' in message and '\n' not in message
+    last = tmp_path / 'digits' / 'last.pth.tar'
+    assert str(tmp_path / 'digits') in message and newest(tmp_path / 'digits').samefile(last)
+    assert torch.load(last, weights_only=False)['epoch'] == 0
+    assert not list((tmp_path / 'digits').glob('*tmp*'))
+    monkeypatch.undo()
+    folder = train(*args)
+    assert len(list(csv.DictReader((folder / 'summary.csv').open()))) == 2
+
+
+def test_loss_that_is_not_finite(tmp_path):
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text(RECIPE.read_text().replace('sched_on_updates: true', ''))
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path, '--config', recipe, '--model', 'test_dresnet', '--lr', 1e30, '--warmup-epochs', 1,
+              '--warmup-lr', 1e-3)
+    message = error.value.code
+    assert 'loss is nan at update' in message and 'epoch 2' in message and str(tmp_path / 'digits') in message
+    state = torch.load(newest(tmp_path / 'digits'), weights_only=False)['state_dict']
+    assert all(value.isfinite().all() for value in state.values())
 
 
 @pytest.mark.parametrize('args,words', [
@@ -101,6 +174,10 @@ def test_earlier_results_are_kept(tmp_path):
     (['--batch-size', '2000'], ['--batch-size', '2000']),
     (['--lr', '1e30'], ['loss', '--lr']),
     (['--epochs', 'many'], ['--epochs', 'many']),
+    (['--num-classes', '9'], ['10 classes', '9', '--num-classes']),
+    (['--initial-checkpoint', '/no/such/file'], ['/no/such/file']),
+    (['--pretrained-path', __file__], ['test_train.py', 'weights_only']),
+    (['--sched', 'plateau'], ['--sched', 'plateau', 'cosine']),
 ])
 def test_errors_are_one_sentence(args, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
@@ -142,3 +219,12 @@ def test_digits_split():
     images = load_digits().images
     both = sorted(image.tobytes() for split in (train, held_out) for image in split.images)
     assert both == sorted((image * 255 / 16).round().astype('uint8').tobytes() for image in images)
+
+
+@pytest.mark.parametrize('recipe', sorted((ROOT / 'train' / 'recipes').glob('*.yaml')), ids=lambda path: path.stem)
+def test_recipes(recipe):
+    args = parse_args(['--config', str(recipe)])
+    assert timm.is_model(args.model) and args.epochs > 0
+    keys = set(yaml.safe_load(recipe.read_text()))
+    ours = {'in_memory', 'bad_images', 'linear_probe', 'deterministic', 'log_tensorboard'}
+    assert not keys & ours  # timm's train.py does not know them

@@ -16,12 +16,15 @@ _logger = logging.getLogger('train')
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    setup_default_logging()
     logging.getLogger('timm').setLevel(logging.WARNING)
     args = parse_args(argv)
 
     def fail(message: Any) -> NoReturn:
         sys.exit(f'python -m train: error: {message}' if is_primary(args) else 1)
+
+    def last_good() -> str:
+        path = newest(folder)
+        return f'The last good checkpoint is {path}' if path else 'There is no checkpoint yet'
 
     try:
         trainer = Trainer(args)
@@ -42,10 +45,9 @@ def main(argv: Optional[List[str]] = None) -> None:
         reason = str(e).strip().splitlines()[-1].split('BadImageError: ')[-1]
         sys.exit(f'python -m train: error: {reason} Mend or remove it, or add --bad-images skip.')
     except FloatingPointError as e:
-        fail(f'{e} The last good checkpoint is {newest(folder) or "none yet"}.')
+        fail(f'{e} {last_good()}.')
     except OSError as e:
-        fail(f'{e.strerror or e}. The last good checkpoint is {newest(folder) or "none yet"}: make room, and the same '
-             'command goes on from there.')
+        fail(f'{e.strerror or e}. {last_good()}: make room, and the same command goes on from there.')
 
     metrics = trainer.measure()
     if is_primary(args):
@@ -57,4 +59,5 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 
 if __name__ == '__main__':
+    setup_default_logging()
     main()

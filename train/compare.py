@@ -170,7 +170,6 @@ def draw(runs: Dict[str, List[Path]], folder: Path) -> None:
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    setup_default_logging()
     parser = argparse.ArgumentParser(
         prog='python -m train.compare',
         description='Train several models with one recipe and several seeds, and compare them.',
@@ -211,4 +210,5 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 
 if __name__ == '__main__':
+    setup_default_logging()
     main()

@@ -60,10 +60,10 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
     except TypeError as e:
         raise ValueError(f'{args.model} does not take all of --model-kwargs {args.model_kwargs}: {e}') from e
     except (OSError, RuntimeError) as e:
-        option = next((o for o in ('initial_checkpoint', 'pretrained_path', 'pretrained') if getattr(args, o)), None)
-        if option is None:
+        source = args.initial_checkpoint or args.pretrained_path or (args.pretrained and '--pretrained')
+        if not source:
             raise
-        raise ValueError(f'--{option.replace("_", "-")}: {str(e) or type(e).__name__}') from e
+        raise ValueError(f'{source}: {str(e).splitlines()[0] if str(e) else "no such file"}') from e
     head = model.get_classifier()
     with torch.no_grad():
         if args.head_init_scale is not None:

@@ -63,7 +63,6 @@ def load_model(name: str, args: argparse.Namespace) -> Tuple[torch.nn.Module, Di
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    setup_default_logging()
     parser = argparse.ArgumentParser(
         prog='python -m train.validate',
         description='Measure models: top-1 and top-5 accuracy and loss.',
@@ -101,7 +100,7 @@ def main(argv: Optional[List[str]] = None) -> None:
                 metrics = validate(model, loader, args, device, create_autocast(args, device))
                 rows.append((name, size, metrics))
     except (OSError, ValueError, BadImageError) as e:
-        sys.exit(f'python -m train.validate: error: {str(e).strip().splitlines()[-1]}')
+        sys.exit(f'python -m train.validate: error: {" ".join(str(e).split())}')
     if is_primary(args):
         print(f'| model | size | top-1, % | top-5, % | loss | ({len(loader.dataset):,} images)')
         print('| --- | --- | --- | --- | --- |')
@@ -110,4 +109,5 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 
 if __name__ == '__main__':
+    setup_default_logging()
     main()

@@ -1,0 +1,129 @@
+"""`python -m train.compare` and `python -m train.validate`."""
+import csv
+import re
+import signal
+import statistics
+import subprocess
+import sys
+
+import pytest
+import timm
+import yaml
+
+from train import compare, validate
+from train.compare import load_config
+
+from conftest import ROOT
+
+
+def comparison(path, **kwargs):
+    path.write_text(yaml.safe_dump(dict(
+        recipe='digits',
+        seeds=[0, 1],
+        arguments=dict(epochs=2, warmup_epochs=0, workers=0),
+        models={'Ada': dict(model='test_adaresnet'),
+                'Dynamic, gauss': dict(model='test_dresnet', model_kwargs=dict(gate='gauss'))},
+        **kwargs,
+    )))
+    return path
+
+
+def rows(path):
+    with path.open() as f:
+        return list(csv.DictReader(f))
+
+
+def test_comparison(tmp_path):
+    """Stopped in the first of four runs, then gone on with."""
+    command = [sys.executable, '-m', 'train.compare', '--config', str(comparison(tmp_path / 'small.yaml')), '--output',
+               str(tmp_path), '--val-interval', '1']
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    log = ''
+    for line in process.stderr:
+        log += line
+        if 'Training' in line:
+            process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM and 'Stopped' in log, log
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / 'small'
+    assert len(re.findall('Training', done.stderr)) == 3 and len(re.findall('Going on', done.stderr)) == 1
+
+    table = rows(folder / 'comparison.csv')
+    assert [line['model'] for line in table] == ['Ada', 'Dynamic, gauss']
+    for line, slug, name in zip(table, ('ada', 'dynamic-gauss'), ('test_adaresnet', 'test_dresnet')):
+        histories = [rows(folder / f'{slug}-seed{seed}' / 'summary.csv') for seed in (0, 1)]
+        accuracies = [[float(row['eval_top1']) for row in history] for history in histories]
+        best, last = [max(values) for values in accuracies], [values[1] for values in accuracies]
+        for key, values in (('best', best), ('last', last)):
+            assert float(line[f'{key}_top1']) == pytest.approx(statistics.mean(values))
+            assert float(line[f'{key}_top1_std']) == pytest.approx(abs(values[0] - values[1]) / 2 ** 0.5)
+        model = timm.create_model(f'local-dir:{folder / f"{slug}-seed1"}', pretrained=True)
+        assert model.pretrained_cfg['architecture'] == name
+        assert int(line['parameters']) == sum(p.numel() for p in model.parameters())
+        assert (line['epochs'], line['seeds']) == ('2', '2') and float(line['images_per_second']) > 0
+        for picture in ('acc', 'loss'):
+            assert (folder / f'{slug}_{picture}.png').read_bytes().startswith(b'\x89PNG')
+    assert (folder / 'acc.png').exists() and (folder / 'loss.png').exists()
+    assert '| Dynamic, gauss | 10' in (folder / 'comparison.md').read_text()
+
+    again = subprocess.run([*command, '--models', 'Ada'], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and (tmp_path / 'small-1').exists(), again.stderr  # another comparison
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'train' / 'comparisons').glob('*.yaml')), ids=lambda path: path.stem)
+@pytest.mark.parametrize('smoke', [False, True], ids=['', 'smoke'])
+def test_comparisons(path, smoke):
+    from train.arguments import create_parser
+    config = load_config(path.stem, smoke)
+    assert len(config['seeds']) == (1 if smoke else 3) and len(config['models']) >= 2
+    known = vars(create_parser().parse_args([]))
+    for recipe in config['models'].values():
+        assert set(recipe) <= set(known)
+        timm.create_model(recipe['model'], **recipe.get('model_kwargs', {}), device='meta')
+        assert (recipe.get('dataset') == 'digits') == smoke
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [path.stem for path in (ROOT / 'train' / 'comparisons').glob('*.yaml')])
+def test_smoke(name, tmp_path):
+    compare.main(['--config', name, '--smoke', '--output', str(tmp_path)])
+    table = rows(tmp_path / f'{name}-smoke' / 'comparison.csv')
+    assert [line['model'] for line in table] == list(load_config(name)['models'])
+
+
+@pytest.mark.parametrize('args,words', [
+    (['--config', 'nothing'], ['nothing.yaml', 'cifar_depth']),
+    (['--config', str(ROOT / 'train' / 'recipes' / 'digits.yaml')], ['digits.yaml', 'recipe']),
+    (['--config', 'cifar_depth', '--models', 'ResNet-21'], ['ResNet-21', 'ResNet-20']),
+])
+def test_errors_of_comparisons(args, words):
+    with pytest.raises(SystemExit) as error:
+        compare.main(args)
+    assert all(word in error.value.code for word in words)
+
+
+def test_validate(digits_folder, capsys):
+    checkpoint = digits_folder / 'last.pth.tar'
+    validate.main([str(digits_folder), str(checkpoint), '--dataset', 'digits', '--workers', '0', '--img-size', '16',
+                   '24'])
+    lines = [re.split(r' *\| *', line)[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[:2] for line in lines] == [
+        [str(name), size] for name in (digits_folder, checkpoint) for size in ('16', '24')]
+    assert lines[0][2:] == lines[2][2:] and lines[1][2:] == lines[3][2:] and lines[0][2:] != lines[1][2:]
+    last = rows(digits_folder / 'summary.csv')[-1]
+    assert [float(value) for value in lines[0][2:]] == pytest.approx(
+        [float(last[f'eval_{key}']) for key in ('top1', 'top5', 'loss')], abs=0.006)
+
+
+def test_validate_weights_alone(digits_folder, capsys):
+    arguments = ['--dataset', 'digits', '--workers', '0', '--img-size', '16']
+    weights = str(digits_folder / 'model.safetensors')
+    validate.main([weights, '--arch', 'dresnet20_cifar', '--num-classes', '10', '--in-chans', '1', *arguments])
+    assert weights in capsys.readouterr().out
+    for args, word in (([weights], '--arch'), (['no_such_model'], 'no_such_model'),
+                       ([weights, '--arch', 'resnet20_cifar'], weights),
+                       ([str(digits_folder), '--val-split', 'test'], 'validation')):
+        with pytest.raises(SystemExit) as error:
+            validate.main([*args, *arguments])
+        assert word in error.value.code and '\n' not in error.value.code
