@@ -1,6 +1,7 @@
 """`python -m train` on scikit-learn's digits."""
 import csv
 import logging
+import re
 import resource
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_dresnet
+from train import benchmark
 from train.__main__ import main
 from train.arguments import parse_args
 from train.checkpoints import newest
@@ -75,8 +77,9 @@ def train(output, *args):
     ['--model', 'test_dresnet', '--model-kwargs', 'gate=gauss', '--in-chans', 3, '--mean', 0.5, 0.5, 0.5, '--std', 0.5,
      0.5, 0.5, '--drop-path', 0.1, '--sched', 'multistep', '--decay-milestones', 1, '--aa', '3a', '--opt', 'muon',
      '--lr', 0.01, '--grad-accum-steps', 3, '--val-interval', 2, '--aug-repeats', 2.5, '--log-tensorboard'],
-    ['--model', 'test_dresnet', '--aa', 'original', '--opt', 'adamw', '--lr', 0.01, '--sched', 'wsd', '--decay-epochs', 1,
-     '--cutmix-minmax', 0.2, 0.8, '--eval-metric', 'loss', '--checkpoint-hist', 2, '--gp', 'avgmax'],
+    ['--model', 'test_dresnet', '--aa', 'original', '--opt', 'adamw', '--lr', 0.01, '--sched', 'wsd',
+     '--decay-epochs', 1, '--cutmix-minmax', 0.2, 0.8, '--eval-metric', 'loss', '--checkpoint-hist', 2, '--gp',
+     'avgmax'],
 ], ids=lambda args: args[1])
 def test_other_arguments(args, tmp_path):
     folder = train(tmp_path, *args)
@@ -150,6 +153,20 @@ def test_full_disk(tmp_path, monkeypatch):
     assert len(list(csv.DictReader((folder / 'summary.csv').open()))) == 2
 
 
+def test_the_newest_whole_checkpoint(digits_folder, tmp_path):
+    checkpoint = torch.load(digits_folder / 'last.pth.tar', weights_only=False)
+    assert newest(tmp_path) is None
+    for name, epoch, batch in (('last', 3, 0), ('checkpoint-1', 2, 0), ('recovery-3-8', 3, 8), ('recovery-3-4', 3, 4),
+                               ('recovery_tmp', 9, 0), ('tmp', 9, 0)):
+        checkpoint['task_state'].update(epoch=epoch, batch=batch)
+        torch.save(checkpoint, tmp_path / f'{name}.pth.tar')
+    for expected in ('recovery-3-8', 'recovery-3-4', 'last', 'checkpoint-1'):
+        path = newest(tmp_path)
+        assert path.name == f'{expected}.pth.tar'
+        path.write_bytes(path.read_bytes()[:-1000])
+    assert newest(tmp_path) is None
+
+
 def test_loss_that_is_not_finite(tmp_path):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(RECIPE.read_text().replace('sched_on_updates: true', ''))
@@ -219,6 +236,15 @@ def test_digits_split():
     images = load_digits().images
     both = sorted(image.tobytes() for split in (train, held_out) for image in split.images)
     assert both == sorted((image * 255 / 16).round().astype('uint8').tobytes() for image in images)
+
+
+def test_benchmark(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, '_BATCHES', 2)
+    benchmark.main(['--config', str(RECIPE), '--model', 'test_dresnet', '--workers', '0'])
+    output = capsys.readouterr().out
+    numbers = re.search(r'(\d+) images/s as loaded, (\d+) with one batch repeated, ratio ([\d.]+)', output)
+    loaded, repeated, ratio = map(float, numbers.groups())
+    assert loaded / repeated == pytest.approx(ratio, abs=0.02)
 
 
 @pytest.mark.parametrize('recipe', sorted((ROOT / 'train' / 'recipes').glob('*.yaml')), ids=lambda path: path.stem)
