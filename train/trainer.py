@@ -52,8 +52,6 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
             drop_rate=args.drop,
             drop_path_rate=args.drop_path,
             drop_block_rate=args.drop_block,
-            bn_momentum=args.bn_momentum,
-            bn_eps=args.bn_eps,
             **overlay,
             **args.model_kwargs,
         )
@@ -64,6 +62,10 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
         if not source:
             raise
         raise ValueError(f'{source}: {str(e).splitlines()[0] if str(e) else "no such file"}') from e
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = module.momentum if args.bn_momentum is None else args.bn_momentum
+            module.eps = module.eps if args.bn_eps is None else args.bn_eps
     head = model.get_classifier()
     with torch.no_grad():
         if args.head_init_scale is not None:
