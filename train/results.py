@@ -1,6 +1,7 @@
 """What a run leaves in its folder beside the checkpoints: its log, a model that timm loads, and what it has become."""
 import argparse
 import copy
+import hashlib
 import shutil
 import tempfile
 import time
@@ -33,7 +34,10 @@ def plot_curves(summary: Path, path: Path) -> None:
     for axes, columns in (
             (losses, {'train_loss': 'training (as augmented and smoothed)', 'eval_loss': 'validation'}),
             (accuracies, {
-                'train_top1': 'training (as augmented)', 'eval_top1': 'validation', 'eval_top5': 'validation, top-5'}),
+                'train_top1': 'training top-1 (as augmented)',
+                'eval_top1': 'validation top-1',
+                'eval_top5': 'validation top-5',
+            }),
     ):
         for (column, label), style in zip(columns.items(), ('.-', '.--', '.:')):
             points = [(int(row['epoch']) + 1, float(row[column])) for row in rows if row.get(column)]
@@ -43,7 +47,7 @@ def plot_curves(summary: Path, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     losses.set(title='Loss', ylabel='loss')
-    accuracies.set(title='Accuracy', ylabel='top-1 accuracy, %')
+    accuracies.set(title='Accuracy', ylabel='accuracy, %')
     figure.savefig(path, dpi=150)
 
 
@@ -90,10 +94,12 @@ class Log:
                 self.tensorboard = SummaryWriter(folder, purge_step=first_epoch)
             if args.log_wandb:
                 import wandb
+                # the same when the run goes on
+                identity = f'{folder.resolve()} {(folder / "args.yaml").stat().st_mtime_ns}'
                 self.wandb = wandb.init(
                     project=args.wandb_project,
                     name=folder.name,
-                    id=folder.name,
+                    id=hashlib.sha256(identity.encode()).hexdigest()[:16],
                     tags=args.wandb_tags,
                     config=vars(args),
                     dir=folder,
