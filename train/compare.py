@@ -71,6 +71,8 @@ def run(command: List[str], stop: Stop) -> None:
     Raises:
         SystemExit: If it fails or was asked to end.
     """
+    if stop.signal is not None:
+        sys.exit(128 + stop.signal)
     process = subprocess.Popen(command)
     forwarded = False
     while process.poll() is None:

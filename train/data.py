@@ -151,7 +151,9 @@ def seed_everything(*key: int) -> None:
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed notes the stack for every absent kind of device: slow
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
 
 
 class SeededBatch(NamedTuple):
@@ -170,14 +172,9 @@ class SeededBatchSampler(Sampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """
-        Args:
-            epoch: Epoch to go through next.
-            start: Number of batches that are left out at its beginning.
-        """
-        self.epoch = epoch
-        self.start = start
+        """Choose what comes next, as in `EpochLoader.set_epoch`."""
         self.sampler.set_epoch(epoch)
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -188,7 +185,7 @@ class SeededBatchSampler(Sampler):
 
 
 class SeededImages(Dataset):
-    """Images of whole batches, augmented with random numbers that depend on the batch alone.
+    """Images in whole batches, augmented with random numbers that depend on the batch alone.
 
     So neither the number of loading processes nor where a run was stopped and resumed changes what is trained on.
     """
@@ -223,7 +220,8 @@ class EpochLoader:
         return getattr(self.loader, name)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """
+        """Choose what comes next.
+
         Args:
             epoch: Epoch to go through next.
             start: Number of batches that are left out at its beginning.
