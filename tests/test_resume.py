@@ -70,7 +70,7 @@ def uninterrupted(tmp_path_factory):
 
 def test_sigterm_saves_and_exits(uninterrupted, tmp_path):
     process = start(tmp_path, '--workers', 0)  # nor does the number of processes that load matter
-    stopped, log = interrupt(process, signal.SIGTERM, after=1.5)
+    stopped, log = interrupt(process, signal.SIGTERM, after=0.7)
     assert stopped and process.returncode == 128 + signal.SIGTERM
     assert re.search(r'Stopped.*same command.*recovery-\d+-\d+\.pth\.tar', log)
     log = finish(start(tmp_path))
