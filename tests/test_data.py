@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from train.arguments import parse_args
-from train.data import BadImageError, Digits, class_names, create_eval_loader, create_train_loader
+from train.data import BadImageError, Digits, class_names, count_bad_images, create_eval_loader, create_train_loader
 
 SIZE = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bicubic', crop_pct=1.)
 CPU = torch.device('cpu')
@@ -189,6 +189,45 @@ def test_bad_images_are_skipped_and_counted(args, bad_folder):
     with Image.open(sorted(folder.glob('train/*/*.png'))[101]) as image:
         expected = np.asarray(image.convert('RGB')).transpose(2, 0, 1) / 127.5 - 1
     assert np.allclose(images[copies[0]], expected, atol=1e-5)
+
+
+@pytest.fixture(params=['sample', 'shard'])
+def bad_shards(request, image_folder, tmp_path):
+    """WebDataset shards, of whose training images one is damaged, or the end of one shard lost. Names what is bad."""
+    root = shards(image_folder, tmp_path)
+    path = root / 'digits-train-1.tar'
+    if request.param == 'shard':
+        path.write_bytes(path.read_bytes()[:20000])
+        return root, [str(path)]
+    with tarfile.open(path) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]
+    with tarfile.open(path, 'w') as tar:
+        for i, (member, data) in enumerate(members):
+            data = data if i != 20 else b'x' * len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return root, [str(path), members[20][0].name.split('.')[0]]
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_bad_shards(workers, bad_shards):
+    root, names = bad_shards
+    args = ['--data-dir', root, '--dataset', 'wds/digits', '--workers', workers, '--batch-size', 30]
+    with pytest.raises(BadImageError) as error:
+        batches(create_train_loader(arguments(*args), SIZE, 10, CPU))
+    assert all(name in str(error.value) for name in names)
+
+    loader = create_train_loader(arguments(*args, '--bad-images', 'skip'), SIZE, 10, CPU)
+    assert all(len(batches(loader, epoch)) == 8 for epoch in range(2))
+    assert count_bad_images([loader], CPU, distributed=False) == 1
+
+
+def test_all_images_of_shards_bad(image_folder, tmp_path):
+    root = shards(image_folder, tmp_path)
+    for path in root.glob('digits-train-*.tar'):
+        path.write_bytes(b'')
+    args = arguments('--data-dir', root, '--dataset', 'wds/digits', '--batch-size', 30, '--bad-images', 'skip')
+    with pytest.raises(BadImageError, match='None of the images'):
+        batches(create_train_loader(args, SIZE, 10, CPU))
 
 
 def test_all_images_bad(tmp_path):

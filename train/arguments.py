@@ -18,9 +18,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                             "handwritten digits, which need no download")
     group.add_argument('--dataset-download', action='store_true', help='let timm download the data set')
     group.add_argument('--val-split', default='validation', metavar='NAME', help='split to measure on')
+    group.add_argument('--val-num-samples', type=int, metavar='N', help='its number of images, if a stream')
     group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='processes that load images')
     group.add_argument('--pin-mem', action='store_true', help='pin memory, for a faster copy to the GPU')
-    group.add_argument('--val-num-samples', type=int, metavar='N', help='its number of images, if a stream')
     group.add_argument('--class-map', default='', metavar='FILE', help='file that maps classes to indices')
     group.add_argument('--input-img-mode', metavar='MODE', help='mode of images in PIL (L for one channel, else RGB)')
     group.add_argument('--input-key', metavar='KEY', help='where a sample of hfds/, hfids/ or wds/ has its image')
@@ -34,7 +34,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """What both ask about the device."""
     group = parser.add_argument_group('device')
     group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME',
-                       help='device to train on')
+                       help='device to run on')
     group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
     group.add_argument('--amp', action='store_true', help='automatic mixed precision')
     group.add_argument('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='its lower precision')
@@ -165,7 +165,6 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')
     group.add_argument('--torchcompile-mode', metavar='MODE', help='mode of torch.compile')
     group.add_argument('--grad-checkpointing', action='store_true', help='trade time for memory')
-
     group.add_argument('--deterministic', action='store_true', help='deterministic algorithms only')
 
     group = parser.add_argument_group('several processes (torchrun)')

@@ -4,6 +4,7 @@ Every run is one of `python -m train`, in a folder of its own. Stopped and start
 comparison goes on where it was.
 """
 import argparse
+import copy
 import logging
 import re
 import statistics
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import timm
 import torch
@@ -86,20 +87,26 @@ def run(command: List[str], stop: Stop) -> None:
         sys.exit(process.returncode)
 
 
+def count_multiply_adds(model: torch.nn.Module, input_size: Sequence[int]) -> int:
+    """Multiply-adds of convolutions and matrix products for one input of the given size, `[C, H, W]`."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)  # the counter's hooks fail on parameters as outputs
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.zeros(1, *input_size))
+    return counter.get_total_flops() // 2
+
+
 def summarize(name: str, folders: List[Path]) -> Dict[str, Any]:
     """A model's line of the table, over the seeds whose runs are finished."""
     histories = [read_csv(folder / 'summary.csv') for folder in folders]
     accuracies = [[float(row['eval_top1']) for row in rows if row['eval_top1']] for rows in histories]
     speeds = [float(row['train_images_per_second']) for rows in histories for row in rows]
-    model = timm.create_model(f'local-dir:{folders[0]}').eval()
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.zeros(1, *model.pretrained_cfg['input_size']))
+    model = timm.create_model(f'local-dir:{folders[0]}')
     best, last = [max(values) for values in accuracies], [values[-1] for values in accuracies]
     deviation: Callable[[List[float]], Optional[float]] = lambda v: statistics.stdev(v) if len(v) > 1 else None
     return {
         'model': name,
         'parameters': sum(p.numel() for p in model.parameters()),
-        'multiply_adds': counter.get_total_flops() // 2,
+        'multiply_adds': count_multiply_adds(model, model.pretrained_cfg['input_size']),
         'best_top1': statistics.mean(best),
         'best_top1_std': deviation(best),
         'last_top1': statistics.mean(last),

@@ -4,17 +4,21 @@ import atexit
 import multiprocessing
 import random
 import signal
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
 from timm.data import FastCollateMixup, create_dataset, create_loader
+from timm.data.dataset import IterableImageDataset
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.readers.reader_wds import ReaderWds, WdsTargetKeyError, _decode
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 from tqdm import tqdm
 
@@ -146,6 +150,65 @@ class Images(Dataset):
         raise BadImageError(f'None of the {len(self)} images can be read, the first is {self._name(0)}.')
 
 
+class Shards(ReaderWds):
+    """timm's reader of WebDataset shards, where what cannot be read is never passed over in silence.
+
+    Attributes:
+        bad: As of `Images`, but at hashes of their names: how many a stream has is known only at its end.
+    """
+
+    def __init__(self, *args: Any, skip_bad: bool = False, **kwargs: Any) -> None:
+        """
+        Args:
+            skip_bad: Pass over what cannot be read, instead of raising.
+        """
+        super().__init__(*args, **kwargs)
+        self.skip_bad = skip_bad
+        self.bad = torch.zeros(2 ** 20, dtype=torch.bool).share_memory_()
+
+    def _lazy_init(self) -> None:
+        super()._lazy_init()
+        for stage in self.ds.pipeline:
+            if 'handler' not in getattr(stage, 'kw', {}):
+                continue
+            stage.kw['handler'] = self._handle
+            if getattr(stage.args[:1] and stage.args[0], 'func', None) is _decode:
+                stage.args = partial(self._decode, stage.args[0]),
+
+    @staticmethod
+    def _decode(decode: Callable[[Dict[str, Any]], Any], sample: Dict[str, Any]) -> Any:
+        try:
+            return decode(sample)
+        except (TypeError, WdsTargetKeyError):  # of the arguments, not of this sample
+            raise
+        except Exception as e:
+            name = f'{sample["__key__"]} in {sample["__url__"]}'
+            raise BadImageError(f'{name} cannot be read ({type(e).__name__}: {e}).') from e
+
+    def _handle(self, error: Exception) -> bool:
+        if isinstance(error, (TypeError, WdsTargetKeyError)):
+            raise error
+        reason, *where = error.args or ('',)  # webdataset adds where it was
+        if isinstance(error, BadImageError):
+            error.args = reason,
+        else:
+            shard = where[-1] if where else f'a shard in {self.root}'
+            error = BadImageError(f'{shard} cannot be read to its end ({type(error).__name__}: {reason}).')
+        if not self.skip_bad:
+            raise error
+        name = str(error).split(' cannot be read')[0]  # the reason may hold an address in memory
+        self.bad[zlib.crc32(name.encode()) % len(self.bad)] = True
+        return True
+
+    def __iter__(self) -> Iterator[Tuple[Image.Image, Any]]:
+        empty = True
+        for item in super().__iter__():
+            empty = False
+            yield item
+        if empty and self.bad.any():
+            raise BadImageError(f'None of the images in {self.root} can be read.')
+
+
 def seed_everything(*key: int) -> None:
     """Seed Python, NumPy and PyTorch with what `key` (numbers from 0) is hashed to."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
@@ -252,6 +315,7 @@ def _start_worker(_: int) -> None:
 @atexit.register
 def _kill_workers() -> None:
     # multiprocessing would ask them to end by a signal that they ignore, and wait for it
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error when one is killed
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -267,23 +331,25 @@ def _create_images(args: argparse.Namespace, split: str, is_training: bool, in_c
             'say what to train on: a recipe (--config train/recipes/digits.yaml), a folder of images (--data-dir DIR) '
             'or a data set that timm knows (--dataset NAME).')
     else:
-        num_samples = args.train_num_samples if is_training else args.val_num_samples
+        options = dict(
+            split=split,
+            is_training=is_training,
+            class_map=args.class_map,
+            batch_size=args.batch_size,
+            num_samples=args.train_num_samples if is_training else args.val_num_samples,
+            seed=args.seed,
+            repeats=args.epoch_repeats,
+            input_img_mode=mode,
+            input_key=args.input_key,
+            target_key=args.target_key,
+        )
         try:
-            dataset = create_dataset(
-                args.dataset,
-                root=args.data_dir,
-                split=split,
-                is_training=is_training,
-                class_map=args.class_map,
-                download=args.dataset_download,
-                batch_size=args.batch_size,
-                num_samples=num_samples,
-                seed=args.seed,
-                repeats=args.epoch_repeats,
-                input_img_mode=mode,
-                input_key=args.input_key,
-                target_key=args.target_key,
-            )
+            if (args.dataset or '').startswith('wds/'):
+                options = {key: value for key, value in options.items() if value is not None}
+                reader = Shards(args.data_dir, skip_bad=args.bad_images == 'skip', **options)
+                dataset = IterableImageDataset(args.data_dir, reader)
+            else:
+                dataset = create_dataset(args.dataset, root=args.data_dir, download=args.dataset_download, **options)
         except (AssertionError, ImportError, RuntimeError) as e:
             raise ValueError(f'--dataset {args.dataset} --data-dir {args.data_dir}: {e}') from e
     if isinstance(dataset, IterableDataset):
@@ -296,9 +362,10 @@ def _create_images(args: argparse.Namespace, split: str, is_training: bool, in_c
 
 
 def count_bad_images(loaders: Sequence[Any], device: torch.device, distributed: bool) -> int:
-    """Number of images that could not be read so far, by any process; those of a stream are not known."""
+    """Number of images that could not be read so far, by any process; of `hfids/` streams nothing is known."""
     datasets = [getattr(loader.dataset, 'images', loader.dataset) for loader in loaders]
-    flags = [dataset.bad for dataset in datasets if isinstance(dataset, Images)]
+    sources = [getattr(dataset, 'reader', dataset) for dataset in datasets]
+    flags = [source.bad for source in sources if isinstance(source, (Images, Shards))]
     if not flags:
         return 0
     bad = torch.cat(flags).to(device, torch.int32)

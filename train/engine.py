@@ -1,6 +1,7 @@
 """One epoch of training, and one of measuring."""
 import argparse
 import logging
+import math
 import signal
 import sys
 import time
@@ -151,7 +152,7 @@ def train_one_epoch(
         *update_totals, asked_to_stop = sums.tolist()
         sums.zero_()
         mean_loss = update_totals[0] / update_totals[2]
-        if mean_loss - mean_loss != 0:
+        if not math.isfinite(mean_loss):
             raise FloatingPointError(
                 f'The loss is {mean_loss} at update {num_updates} (epoch {epoch + 1}, batch {batch + 1}). '
                 'A lower --lr, a longer warm-up or --clip-grad may help.')

@@ -258,7 +258,9 @@ class Trainer:
                     except Stopped:
                         self._save_recovery()
                         raise
-                bad = count_bad_images([self.train_loader, self.eval_loader], self.device, args.distributed)
+                bad = None
+                if args.bad_images == 'skip':
+                    bad = count_bad_images([self.train_loader, self.eval_loader], self.device, args.distributed)
                 self.lr_scheduler.step(epoch + 1)
                 progress.update(epoch=epoch + 1, batch=0, totals=[0., 0., 0.])
                 if is_primary(args):
@@ -286,14 +288,14 @@ class Trainer:
             epoch: int,
             train_metrics: Dict[str, float],
             eval_metrics: Dict[str, float],
-            bad: int,
+            bad: Optional[int],
             left: float,
     ) -> None:
         words = [f'epoch {epoch + 1:>3}/{self.num_epochs}', f'loss {train_metrics["loss"]:.4f}']
         if eval_metrics:
             words += [f'validation loss {eval_metrics["loss"]:.4f}', f'top-1 {eval_metrics["top1"]:.2f} %']
         words.append(f'{train_metrics["images_per_second"]:.0f} images/s')
-        if self.args.bad_images == 'skip':
+        if bad is not None:
             words.append(f'{bad} bad images skipped')
         _logger.info('  '.join([*words, f'{timedelta(seconds=round(left))} left']))
 
