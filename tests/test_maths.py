@@ -138,15 +138,15 @@ def test_gate_of_zero_cuts_its_connection(arch, gate, training):
     """In train mode too: a norm behind the gate would divide it away."""
     model = create(arch, gate=gate).train(training)
     stage = next(reversed(model.connections.values()))
-    target = stage.targets[-1]
+    target = max(stage.sources)
     with torch.no_grad():
         stage.gates[str(target)].weight[0] = {'sigmoid': -1e4, 'gauss': 1e4, 'linear': 0.}[gate]
     x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     changed = copy.deepcopy(model)
     projection = changed.connections[list(model.connections)[-1]].projections['1']
     with torch.no_grad():  # the last target's channels come last
-        projection.conv.weight[-stage.sum_chs:].normal_(std=10.)
-        projection.norm.bias[-stage.sum_chs:].fill_(3.)
+        projection.conv.weight[-projection.out_chs:].normal_(std=10.)
+        projection.norm.bias[-projection.out_chs:].fill_(3.)
     torch.testing.assert_close(model(x), changed(x), rtol=1e-9, atol=1e-9)
     with torch.no_grad():
         for m in (model, changed):

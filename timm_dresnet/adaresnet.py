@@ -10,8 +10,9 @@ from typing import Dict, Optional, Set, Tuple, Type, Union
 import torch
 import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.utils import reparameterize_model
 
-from .resnet import BasicBlock, Bottleneck, ResNet, _cfg, _cifar_cfg
+from .resnet import BasicBlock, Bottleneck, ResNet, _cfg, _cifar_cfg, fold_norms
 
 __all__ = ['AdaResNet']  # the model registry adds each entry point to this
 
@@ -32,22 +33,40 @@ class SkipWeight(nn.Module):
         return torch.addcmul(branch, shortcut, self.alpha.to(shortcut.dtype))
 
 
-class AdaBasicBlock(BasicBlock):
-    """Basic block with a learned weight on its shortcut: `y = act(branch(x) + alpha * shortcut(x))`.
+class Add(nn.Module):
+    """In place of a skip weight that is folded into its shortcut."""
 
-    The network gives it its `skip_weight`.
-    """
+    def forward(self, branch: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        """`branch + shortcut`, all `[B, C, H, W]`."""
+        return branch + shortcut
+
+
+class AdaBlock:
+    """What the blocks have in common: the network gives each its `skip_weight`."""
+    fused = False
+
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Fold norms into convolutions, and with them the weight of a projection shortcut, for inference."""
+        fold_norms(self)
+        if self.downsample is not None and isinstance(self.downsample[-1], nn.Identity):
+            conv = self.downsample[-2]
+            conv.weight.mul_(self.skip_weight.alpha)
+            conv.bias.mul_(self.skip_weight.alpha)
+            self.skip_weight = Add()
+        self.fused = True
+
+
+class AdaBasicBlock(AdaBlock, BasicBlock):
+    """Basic block with a learned weight on its shortcut: `y = act(branch(x) + alpha * shortcut(x))`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.act2(self.skip_weight(self.branch(x), shortcut))
 
 
-class AdaBottleneck(Bottleneck):
-    """Bottleneck block with a learned weight on its shortcut: `y = act(branch(x) + alpha * shortcut(x))`.
-
-    The network gives it its `skip_weight`.
-    """
+class AdaBottleneck(AdaBlock, Bottleneck):
+    """Bottleneck block with a learned weight on its shortcut: `y = act(branch(x) + alpha * shortcut(x))`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -64,6 +83,7 @@ class AdaResNet(ResNet):
             skip_init: float = 0.,
             skip_weight: str = 'per_block',
             zero_init_last: Optional[bool] = None,
+            inference_mode: bool = False,
             device=None,
             dtype=None,
             **kwargs,
@@ -77,6 +97,7 @@ class AdaResNet(ResNet):
                 projections) or 'shared' (one for the network).
             zero_init_last: Start the last norm weight of every branch at 0. None does so unless skip_init is 0, when
                 it would leave every block with an output of 0.
+            inference_mode: Build the network as `timm.utils.reparameterize_model` leaves it, for weights saved then.
             **kwargs: All other arguments of `ResNet`.
 
         Raises:
@@ -105,6 +126,8 @@ class AdaResNet(ResNet):
                 if group not in skip_weights:
                     skip_weights[group] = SkipWeight(skip_init, device=device, dtype=dtype)
                 block.skip_weight = skip_weights[group]
+        if inference_mode:
+            reparameterize_model(self, inplace=True)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:

@@ -5,22 +5,30 @@ Papers:
   https://github.com/Mao-chuan/An_improve_on_ResNet--Introduces_dynamic_connections
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
 """
-from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 from timm.layers import LayerType, get_norm_layer
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck
+from timm.utils import reparameterize_model
 
-from .gated_connections import Connections, Flow
-from .resnet import ResNet, _cfg, _cifar_cfg
+from .gated_connections import Connections, Flow, StageFlow
+from .resnet import ResNet, _cfg, _cifar_cfg, fold_norms
 
 __all__ = ['DResNet']  # the model registry adds each entry point to this
 
 
 class DResNetStage(nn.Sequential):
     """The blocks of one resolution."""
+    fused = False
+
+    def reparameterize(self) -> None:
+        """Fold norms into convolutions, for inference."""
+        for block in self:
+            fold_norms(block)
+        self.fused = True
 
     def forward(self, x: torch.Tensor, flow: Flow) -> torch.Tensor:
         """
@@ -56,7 +64,9 @@ class DResNet(ResNet):
             gate: str = 'sigmoid',
             gate_init: float = 0.5,
             connection_rank: Optional[int] = None,
+            pruned_connections: Sequence[Tuple[int, int]] = (),
             norm_layer: LayerType = nn.BatchNorm2d,
+            inference_mode: bool = False,
             device=None,
             dtype=None,
             **kwargs,
@@ -70,7 +80,10 @@ class DResNet(ResNet):
             connection_rank: Number of channels in which the connections into a block are summed, before one 1x1
                 convolution expands the sum to the block's input. None sums them at full width. ``timm.create_model``
                 drops arguments that are None, so for a model whose default is a number say it to its entry point.
+            pruned_connections: Connections that are left out, (target, source) block numbers, as `prune_connections`
+                reports them.
             norm_layer: Normalization layer.
+            inference_mode: Build the network as `timm.utils.reparameterize_model` leaves it, for weights saved then.
             **kwargs: All other arguments of `ResNet`.
 
         Raises:
@@ -81,6 +94,7 @@ class DResNet(ResNet):
         super().__init__(block, layers, norm_layer=norm_layer, device=device, dtype=dtype, **kwargs)
 
         source_chs = []
+        pruned = {tuple(pair) for pair in pruned_connections}
         self.connections = nn.ModuleDict()
         for name, depth, info in zip(self.stage_names, layers, self.feature_info[1:]):
             stage = DResNetStage(*getattr(self, name))
@@ -88,12 +102,14 @@ class DResNet(ResNet):
             first, last = len(source_chs) + 1, len(source_chs) + depth
             source_chs += depth * [info['num_chs']]
             targets = range(max(first + 1, 3), min(last + 1, sum(layers)) + 1)
-            if targets:
+            sources = {i: [k for k in range(1, i - 1) if (i, k) not in pruned] for i in targets}
+            sources = {i: numbers for i, numbers in sources.items() if numbers}
+            if sources:
                 self.connections[name] = Connections(
                     source_chs,
-                    targets,
+                    sources,
+                    first,
                     info['num_chs'],
-                    downsample=stage[0].stride > 1,
                     gate=gate,
                     gate_init=gate_init,
                     rank=connection_rank,
@@ -101,6 +117,24 @@ class DResNet(ResNet):
                     device=device,
                     dtype=dtype,
                 )
+        if inference_mode:
+            reparameterize_model(self, inplace=True)
+
+    def connection_pairs(self) -> List[Tuple[int, int]]:
+        """Block numbers of all connections, (target, source)."""
+        return [
+            (i, k) for stage in self.connections.values() for i, numbers in stage.sources.items() for k in numbers]
+
+    def remove_connections(self, pairs: Set[Tuple[int, int]]) -> None:
+        """Remove connections, with their parameters.
+
+        Args:
+            pairs: Their block numbers, (target, source).
+        """
+        for name, connections in list(self.connections.items()):
+            connections.remove(pairs)
+            if not connections.sources:
+                del self.connections[name]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -125,15 +159,9 @@ class DResNet(ResNet):
             prune_head: bool = True,
     ) -> List[int]:
         """Prune layers not required for specified intermediates, and the connections that lead to them."""
-        before = self.stage_names
         take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         blocks = sum(len(getattr(self, name)) for name in self.stage_names)
-        if self.stage_names != before:
-            for name, connections in list(self.connections.items()):
-                if name not in self.stage_names or connections.targets[0] > blocks:
-                    del self.connections[name]
-                elif connections.targets[-1] > blocks:
-                    connections.drop_last_target()
+        self.remove_connections({(i, k) for i, k in self.connection_pairs() if i > blocks})
         return take_indices
 
     def __prepare_scriptable__(self):
@@ -142,13 +170,12 @@ class DResNet(ResNet):
             'torch.export and torch.compile work.')
 
     def forward_context(self) -> Flow:
-        return Flow(
-            [
-                self.connections[name] if name in self.connections else None
-                for name in self.stage_names for _ in getattr(self, name)
-            ],
-            self.grad_checkpointing,
-        )
+        stages = []
+        for name in self.stage_names:
+            stage = getattr(self, name)
+            connections = self.connections[name] if name in self.connections else None
+            stages.append(StageFlow(len(stage), stage[0].stride > 1, connections))
+        return Flow(stages, self.grad_checkpointing)
 
     def forward_stage(self, stage: nn.Module, x: torch.Tensor, context: Flow) -> torch.Tensor:
         return stage(x, context)

@@ -6,11 +6,16 @@ With the blocks numbered 1..n, `x_i` the input of block i and `y_i` its output, 
 
 to `y_{i-1}`. The gate multiplies after the norm, which would divide it away if it came before.
 
-Two things make this cheap without changing the function. Pooling commutes with a 1x1 convolution, so every source is
-pooled first, and once for all its targets. And all targets of one source at one resolution share one convolution and
-one norm, their channels side by side; the gates fold into the weight and bias of that norm.
+Three things make this cheap without changing the function:
+
+* Pooling commutes with a 1x1 convolution, so every source is pooled first, and once for all its targets.
+* All targets of one source at one resolution share one convolution and one norm, their channels side by side.
+* Mean and variance of what a 1x1 convolution puts out follow from mean and covariance of what it takes in. So batch
+  norm and gate fold into its kernel in training too: what the norm would see is never made, let alone kept for the
+  backward pass, and the convolutions of all sources that enter a resolution become one.
 """
-from typing import List, Optional, Sequence
+from contextlib import nullcontext
+from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -20,7 +25,16 @@ from timm.models import checkpoint
 
 from .gates import create_gate
 
-__all__ = ['Connections', 'Flow']
+__all__ = ['Connections', 'Flow', 'FusedConnections', 'StageFlow']
+
+
+def _moments(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Mean, `[C]`, and covariance, `[C, C]`, of the channels of `[B, C, H, W]`."""
+    rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # a view in channels-last
+    mean = rows.mean(0)
+    # the covariance is used in symmetric forms alone, so its gradient is twice what comes through one factor
+    second = rows.t() @ rows.detach() / len(rows)
+    return mean, 2 * second - second.detach() - mean[:, None] * mean
 
 
 class SplitNorm(nn.ModuleList):
@@ -34,22 +48,79 @@ class SplitNorm(nn.ModuleList):
 class Projection(nn.Module):
     """One source, brought to the shape of all its targets at one resolution and gated: `F(w) * norm(conv(y))`."""
 
-    def __init__(self, in_chs: int, out_chs: int, num_targets: int, norm_layer: LayerType, device=None, dtype=None):
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            targets: Sequence[int],
+            norm_layer: LayerType,
+            device=None,
+            dtype=None,
+    ) -> None:
         """
         Args:
             in_chs: Channels of the source.
             out_chs: Channels for one target.
-            num_targets: Number of targets.
+            targets: Numbers of the targets.
             norm_layer: Norm layer.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        self.targets = tuple(targets)
         self.out_chs = out_chs
-        self.conv = nn.Conv2d(in_chs, num_targets * out_chs, 1, bias=False, **dd)
+        self.conv = nn.Conv2d(in_chs, len(targets) * out_chs, 1, bias=False, **dd)
         nn.init.normal_(self.conv.weight, std=(2. / out_chs) ** 0.5)  # timm's init of one convolution for each target
-        self.norm = norm_layer(num_targets * out_chs, **dd)
+        self.norm = norm_layer(len(targets) * out_chs, **dd)
         if not isinstance(self.norm, (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)):
-            self.norm = SplitNorm(norm_layer(out_chs, **dd) for _ in range(num_targets))
+            self.norm = SplitNorm(norm_layer(out_chs, **dd) for _ in targets)
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the norm is one that folds into the convolution with its running statistics."""
+        norm = self.norm
+        return (type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.affine and norm.track_running_stats
+                and norm.momentum is not None)
+
+    @property
+    def folds(self) -> bool:
+        """Whether the norm folds into the convolution now."""
+        if not self.training:
+            return self.has_batch_norm
+        # where the covariance of the input costs less than the norm of the output
+        local, worthwhile = type(self.norm) is nn.BatchNorm2d, self.conv.in_channels <= self.conv.out_channels
+        return self.has_batch_norm and local and worthwhile
+
+    def folded(self, x: Optional[torch.Tensor], gate: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The convolution that does all of this.
+
+        Args:
+            x: Pooled source, whose statistics count in training.
+            gate: Gate values, `[num_targets]`.
+
+        Returns:
+            Its kernel, `[num_targets * out_chs, in_chs, 1, 1]`, and its bias.
+        """
+        conv, norm = self.conv, self.norm
+        if self.training:
+            # autocast would take the statistics in low precision
+            autocast = torch.amp.is_autocast_available(x.device.type)
+            with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+                dtype = torch.promote_types(x.dtype, torch.float32)
+                weight = conv.weight.flatten(1).to(dtype)
+                in_mean, in_cov = _moments(x.to(dtype))
+                mean = weight @ in_mean
+                var = ((weight @ in_cov) * weight).sum(1).clamp(min=0)
+            with torch.no_grad():
+                count = x.numel() / x.shape[1]
+                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+                norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
+                norm.num_batches_tracked.add_(1)
+        else:
+            mean, var = norm.running_mean, norm.running_var
+        gate = gate.repeat_interleave(self.out_chs)
+        scale = gate * norm.weight * torch.rsqrt(var + norm.eps)
+        bias = gate * norm.bias - mean * scale
+        return conv.weight * scale[:, None, None, None].to(conv.weight.dtype), bias.to(conv.weight.dtype)
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """
@@ -60,39 +131,51 @@ class Projection(nn.Module):
         Returns:
             `[B, num_targets * out_chs, H, W]`
         """
-        x = self.conv(x)
+        if self.folds:
+            return F.conv2d(x, *self.folded(x, gate))
         norm = self.norm
+        x = self.conv(x)
         gate = gate.repeat_interleave(self.out_chs)
-        if type(norm) is not nn.BatchNorm2d or not norm.affine or norm.momentum is None:
+        if type(norm) is not nn.BatchNorm2d or not self.has_batch_norm:
             return norm(x) * gate[:, None, None].to(x.dtype)
         # the steps of BatchNorm2d.forward, with the gate folded into the affine
-        use_batch_stats = norm.training or norm.running_mean is None
-        if norm.training and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
+        norm.num_batches_tracked.add_(1)
         return F.batch_norm(
             x,
             norm.running_mean,
             norm.running_var,
             norm.weight * gate,
             norm.bias * gate,
-            use_batch_stats,
+            True,
             norm.momentum,
             norm.eps,
         )
 
-    def drop_last_target(self) -> None:
-        """Remove the channels of the last target."""
-        chs = self.conv.out_channels - self.out_chs
-        self.conv.out_channels = chs
-        self.conv.weight = nn.Parameter(self.conv.weight[:chs].detach().clone())
+    def keep(self, targets: Sequence[int]) -> None:
+        """Remove the channels of all other targets."""
+        kept = [self.targets.index(i) for i in targets]
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            rows = tensor.detach().unflatten(0, (-1, self.out_chs))[kept].flatten(0, 1)
+            return nn.Parameter(rows, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else rows
+
+        self.conv.out_channels = len(targets) * self.out_chs
+        self.conv.weight = keep(self.conv.weight)
         if isinstance(self.norm, SplitNorm):
-            del self.norm[-1]
-            return
-        self.norm.num_features = chs
-        for name, tensor in [*self.norm.named_parameters(), *self.norm.named_buffers()]:
-            if tensor.ndim == 1:
-                kept = tensor[:chs].detach().clone()
-                setattr(self.norm, name, nn.Parameter(kept) if isinstance(tensor, nn.Parameter) else kept)
+            self.norm = SplitNorm(self.norm[j] for j in kept)
+        else:
+            self.norm.num_features = self.conv.out_channels
+            for name, tensor in [*self.norm.named_parameters(), *self.norm.named_buffers()]:
+                if tensor.ndim == 1:
+                    setattr(self.norm, name, keep(tensor))
+        self.targets = tuple(targets)
+
+
+class StageFlow(NamedTuple):
+    """What a `Flow` knows of a stage: number of blocks, whether it halves the resolution, connections to its shape."""
+    depth: int
+    downsample: bool
+    connections: Optional[nn.Module]
 
 
 class Flow:
@@ -100,98 +183,115 @@ class Flow:
 
     Attributes:
         block: Number of the block whose input is asked for, i.
-        sources: Outputs of the blocks 1..i-2, pooled to the resolution at hand, `[B, C_k, H, W]` each.
-        gates: For each source, its gate values for all targets at this resolution.
-        arriving: Gated sums so far for the targets still to come at this resolution, `[B, T * C, H, W]`.
+        gates: Of the connections at this resolution, gate values for each source.
+        arriving: Gated sums so far for the targets still to come at this resolution, `[B, C, H, W]` each.
     """
 
-    def __init__(self, connections: Sequence[Optional['Connections']], grad_checkpointing: bool = False) -> None:
+    def __init__(self, stages: Sequence[StageFlow], grad_checkpointing: bool = False) -> None:
         """
         Args:
-            connections: For each block, the connections whose targets take the shape of its output, or None.
+            stages: The network's stages.
             grad_checkpointing: Compute projections again in the backward pass instead of storing their activations.
         """
-        self.connections = connections
+        self.stages = stages
         self.grad_checkpointing = grad_checkpointing
         self.block = 0
-        self.stage: Optional[Connections] = None
-        self.sources: List[torch.Tensor] = []
-        self.gates: List[torch.Tensor] = []
-        self.arriving: Optional[torch.Tensor] = None
+        self.gates: Dict[int, torch.Tensor] = {}
+        self.arriving: Dict[int, torch.Tensor] = {}
+        self._ends = [sum(stage.depth for stage in stages[:s + 1]) for s in range(len(stages))]
+        self._stage = -1
+        self._wanted = {k for stage in stages if stage.connections is not None for numbers in stage.connections.groups for k in numbers}
+        self._sources: Dict[int, Tuple[int, torch.Tensor]] = {}  # the stage to whose resolution each is pooled
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:
         """`x_i` from `y_{i-1}`, both `[B, C, H, W]`. `y_0` is the stem's output."""
         self.block += 1
-        if self.block == 1:
+        k = self.block - 1
+        if k == 0:
             return y
-        connections = self.connections[self.block - 2]
-        x = y if connections is None else connections(y, self)
-        self.sources.append(y)
-        return x
+        entered = self._stage < 0 or k > self._ends[self._stage]
+        self._stage += entered
+        connections = self.stages[self._stage].connections
+        if k in self._wanted:
+            self._sources[k] = self._stage, y
+        if connections is None:
+            return y
+        if entered:
+            connections.enter(self)
+        return connections(y, self)
 
-    def send(self, projection: Projection, source: torch.Tensor, gate: torch.Tensor) -> None:
-        """Add one source to what arrives at its targets, which are the last ones at this resolution."""
-        x = checkpoint(projection, source, gate) if self.grad_checkpointing else projection(source, gate)
-        if self.arriving is not None:
-            x += self.arriving
-        self.arriving = x
+    def source(self, k: int) -> torch.Tensor:
+        """Output of block k, pooled to the resolution at hand."""
+        stage, y = self._sources[k]
+        for s in range(stage + 1, self._stage + 1):
+            if self.stages[s].downsample:
+                # matches a stride-2 convolution at every size, odd ones too
+                y = F.avg_pool2d(y, 2, ceil_mode=True, count_include_pad=False)
+        self._sources[k] = self._stage, y
+        return y
+
+    def receive(self, targets: Sequence[int], x: torch.Tensor) -> None:
+        """Add to what arrives at the given targets, whose channels lie side by side."""
+        for i, part in zip(targets, x.chunk(len(targets), dim=1)):
+            self.arriving[i] = self.arriving[i] + part if i in self.arriving else part
 
 
-class Connections(nn.Module):
-    """All connections whose targets take the output shape of one stage."""
+def _group(sources: Dict[int, Sequence[int]], first_block: int) -> Dict[Tuple[int, ...], Tuple[int, ...]]:
+    groups: Dict[Tuple[int, Tuple[int, ...]], List[int]] = {}
+    for k in sorted({k for numbers in sources.values() for k in numbers}):
+        targets = tuple(i for i, numbers in sources.items() if k in numbers)
+        groups.setdefault((max(k, first_block - 1), targets), []).append(k)
+    return {tuple(numbers): targets for (_, targets), numbers in groups.items()}
 
-    def __init__(
-            self,
-            source_chs: Sequence[int],
-            targets: range,
-            out_chs: int,
-            downsample: bool,
-            gate: str = 'sigmoid',
-            gate_init: float = 0.5,
-            rank: Optional[int] = None,
-            norm_layer: LayerType = nn.BatchNorm2d,
-            device=None,
-            dtype=None,
-    ) -> None:
+
+class StageConnections(nn.Module):
+    """All connections whose targets take the output shape of one stage. Subclasses compute them, in `project`.
+
+    Attributes:
+        sources: For each target, the numbers of the blocks that it takes from.
+        groups: Sources that are sent together, and their targets: those of earlier stages with the same targets, and
+            each block of this stage by itself.
+        expansions: For each target, what brings the sum to the channels of the stage, if it is summed in fewer.
+    """
+
+    def __init__(self, sources: Dict[int, Sequence[int]], first_block: int, expansions: Dict[str, nn.Module]) -> None:
         """
         Args:
-            source_chs: Output channels of the blocks 1, 2, ...
-            targets: Numbers of the blocks that the connections lead to.
-            out_chs: Channels of the stage's output.
-            downsample: Whether the stage halves the resolution, so that sources of earlier stages must be pooled.
-            gate: Gate function, a key of `GATES`.
-            gate_init: Gate value to start from.
-            rank: Number of channels in which the connections into a block are summed, before a 1x1 convolution
-                expands the sum to ``out_chs``. None sums them in ``out_chs`` channels.
-            norm_layer: Norm layer.
+            sources: See above.
+            first_block: Number of the stage's first block.
+            expansions: See above.
         """
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.targets = targets
-        self.sum_chs = rank or out_chs
-        # matches a stride-2 convolution at every size, odd ones too
-        self.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False) if downsample else nn.Identity()
-        self.gates = nn.ModuleDict({str(i): create_gate(gate, i - 2, gate_init, **dd) for i in targets})
-        self.projections = nn.ModuleDict({
-            str(k): Projection(source_chs[k - 1], self.sum_chs, self.num_targets(k), norm_layer, **dd)
-            for k in range(1, targets[-1] - 1)
-        })
-        self.expansions = nn.ModuleDict()
-        if rank:
-            for i in targets:
-                self.expansions[str(i)] = conv = nn.Conv2d(rank, out_chs, 1, bias=False, **dd)
-                nn.init.normal_(conv.weight, std=rank ** -0.5)  # keeps the variance that the norms give the sum
+        self.sources = {i: tuple(numbers) for i, numbers in sources.items()}
+        self.first_block = first_block
+        self.groups = _group(self.sources, first_block)
+        self.expansions = nn.ModuleDict(expansions)
 
-    def num_targets(self, source: int) -> int:
-        """How many blocks here take from a source block: the last ones."""
-        return self.targets[-1] + 1 - max(self.targets[0], source + 2)
+    def project(self, numbers: Tuple[int, ...], sources: Sequence[torch.Tensor], flow: Flow) -> torch.Tensor:
+        """Gated sum of the sources of one group.
 
-    def gate_values(self) -> List[torch.Tensor]:
-        """For each source, the gate values of its targets here."""
-        last = self.targets[-1]
-        # one column for each target, padded to the length of the last weight array
-        rows = torch.stack([F.pad(self.gates[str(i)](), (0, last - i)) for i in self.targets], dim=1).unbind()
-        return [rows[k - 1][-self.num_targets(k):] for k in range(1, last - 1)]
+        Args:
+            numbers: Their numbers.
+            sources: Pooled sources, `[B, C_k, H, W]`.
+            flow: The pass so far.
+
+        Returns:
+            For all targets side by side, `[B, T * C, H, W]`.
+        """
+        raise NotImplementedError
+
+    def send(self, numbers: Tuple[int, ...], flow: Flow) -> None:
+        """Add the sources of one group to what arrives at their targets."""
+        args = numbers, [flow.source(k) for k in numbers], flow
+        flow.receive(
+            self.groups[numbers],
+            checkpoint(self.project, *args) if flow.grad_checkpointing else self.project(*args))
+
+    def enter(self, flow: Flow) -> None:
+        """Begin this resolution: send what the blocks of earlier stages have put out."""
+        for numbers in self.groups:
+            if numbers[-1] < self.first_block:
+                self.send(numbers, flow)
 
     def forward(self, y: torch.Tensor, flow: Flow) -> torch.Tensor:
         """
@@ -203,29 +303,131 @@ class Connections(nn.Module):
             Input of block i, `[B, C, H, W]`.
         """
         i = flow.block
-        if flow.stage is not self:  # first block of the stage: all sources so far lead to all targets here
-            flow.stage = self
-            flow.gates = self.gate_values()
-            flow.sources = [self.pool(source) for source in flow.sources]
-            flow.arriving = None
-            for k, source in enumerate(flow.sources, start=1):
-                flow.send(self.projections[str(k)], source, flow.gates[k - 1])
-
         x = y
-        if i in self.targets:
-            arriving = flow.arriving[:, :self.sum_chs]
-            flow.arriving = flow.arriving[:, self.sum_chs:]
+        if i in self.sources:
+            arriving = flow.arriving.pop(i)
             x = y + (self.expansions[str(i)](arriving) if self.expansions else arriving)
-        if i < self.targets[-1]:  # the newest source, y_{i-1}, leads to the targets from i + 1 on
-            flow.send(self.projections[str(i - 1)], y, flow.gates[i - 2])
+        if (i - 1,) in self.groups:
+            self.send((i - 1,), flow)
         return x
 
-    def drop_last_target(self) -> None:
-        """Remove the connections into the last target, for a network cut off after this stage."""
-        last = self.targets[-1]
-        del self.gates[str(last)], self.projections[str(last - 2)]
-        if self.expansions:
-            del self.expansions[str(last)]
-        self.targets = self.targets[:-1]
-        for projection in self.projections.values():
-            projection.drop_last_target()
+
+class Connections(StageConnections):
+    """Connections that are learned: a gate, a convolution and a norm for each."""
+
+    def __init__(
+            self,
+            source_chs: Sequence[int],
+            sources: Dict[int, Sequence[int]],
+            first_block: int,
+            out_chs: int,
+            gate: str = 'sigmoid',
+            gate_init: float = 0.5,
+            rank: Optional[int] = None,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            source_chs: Output channels of the blocks 1, 2, ...
+            sources: For each target, the numbers of the blocks that it takes from.
+            first_block: Number of the stage's first block.
+            out_chs: Channels of the stage's output.
+            gate: Gate function, a key of `GATES`.
+            gate_init: Gate value to start from.
+            rank: Number of channels in which the connections into a block are summed, before a 1x1 convolution
+                expands the sum to ``out_chs``. None sums them in ``out_chs`` channels.
+            norm_layer: Norm layer.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(sources, first_block, {})
+        self.gates = nn.ModuleDict({
+            str(i): create_gate(gate, len(numbers), gate_init, **dd) for i, numbers in sources.items()})
+        targets = {k: i for numbers, i in self.groups.items() for k in numbers}
+        self.projections = nn.ModuleDict({
+            str(k): Projection(source_chs[k - 1], rank or out_chs, targets[k], norm_layer, **dd)
+            for k in sorted(targets)
+        })
+        if rank:
+            for i in sources:
+                self.expansions[str(i)] = conv = nn.Conv2d(rank, out_chs, 1, bias=False, **dd)
+                nn.init.normal_(conv.weight, std=rank ** -0.5)  # keeps the variance that the norms give the sum
+
+    def gate_values(self) -> Dict[int, torch.Tensor]:
+        """For each source, the gate values of its targets here."""
+        values = {
+            (i, k): value
+            for i, numbers in self.sources.items() for k, value in zip(numbers, self.gates[str(i)]().unbind())
+        }
+        return {k: torch.stack([values[i, k] for i in targets]) for numbers, targets in self.groups.items()
+                for k in numbers}
+
+    def enter(self, flow: Flow) -> None:
+        flow.gates = self.gate_values()
+        super().enter(flow)
+
+    def project(self, numbers: Tuple[int, ...], sources: Sequence[torch.Tensor], flow: Flow) -> torch.Tensor:
+        projections = [self.projections[str(k)] for k in numbers]
+        gates = [flow.gates[k] for k in numbers]
+        if len(numbers) > 1 and all(projection.folds for projection in projections):
+            kernels, biases = zip(*(p.folded(x, gate) for p, x, gate in zip(projections, sources, gates)))
+            return F.conv2d(torch.cat(sources, dim=1), torch.cat(kernels, dim=1), sum(biases))
+        total = projections[0](sources[0], gates[0])
+        for projection, source, gate in zip(projections[1:], sources[1:], gates[1:]):
+            total += projection(source, gate)
+        return total
+
+    def remove(self, connections: Set[Tuple[int, int]]) -> None:
+        """Remove connections, given as (target, source)."""
+        before = self.sources
+        self.sources = {i: tuple(k for k in ks if (i, k) not in connections) for i, ks in before.items()}
+        self.sources = {i: numbers for i, numbers in self.sources.items() if numbers}
+        self.groups = _group(self.sources, self.first_block)
+        for i, numbers in before.items():
+            if i not in self.sources:
+                del self.gates[str(i)]
+                if self.expansions:
+                    del self.expansions[str(i)]
+            elif len(self.sources[i]) < len(numbers):
+                weight = self.gates[str(i)].weight
+                kept = weight.detach()[[numbers.index(k) for k in self.sources[i]]]
+                self.gates[str(i)].weight = nn.Parameter(kept, weight.requires_grad)
+        targets = {k: i for numbers, i in self.groups.items() for k in numbers}
+        for k, projection in list(self.projections.items()):
+            if int(k) not in targets:
+                del self.projections[k]
+            elif projection.targets != targets[int(k)]:
+                projection.keep(targets[int(k)])
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """The same as plain convolutions, for inference; itself if it has norms that do not fold."""
+        if not all(projection.has_batch_norm for projection in self.projections.values()):
+            return self
+        return FusedConnections(self)
+
+
+class FusedConnections(StageConnections):
+    """Connections for inference: norms and gates in the kernels, one convolution for each group of sources."""
+
+    def __init__(self, connections: Connections) -> None:
+        """
+        Args:
+            connections: What to fuse.
+        """
+        super().__init__(connections.sources, connections.first_block, connections.expansions)
+        connections.eval()
+        gates = connections.gate_values()
+        self.convs = nn.ModuleDict()
+        for numbers in self.groups:
+            projections = [connections.projections[str(k)] for k in numbers]
+            kernels, biases = zip(*(p.folded(None, gates[k]) for p, k in zip(projections, numbers)))
+            kernel, bias = torch.cat(kernels, dim=1), sum(biases)
+            conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], 1, device='meta')
+            conv.weight, conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
+            self.convs['_'.join(map(str, numbers))] = conv
+
+    def project(self, numbers: Tuple[int, ...], sources: Sequence[torch.Tensor], flow: Flow) -> torch.Tensor:
+        x = sources[0] if len(sources) == 1 else torch.cat(sources, dim=1)
+        return self.convs['_'.join(map(str, numbers))](x)

@@ -48,9 +48,9 @@ def connections(model: nn.Module) -> List[Dict[str, Any]]:
     names = _block_names(model)
     records = []
     for stage in model.connections.values():
-        for i in stage.targets:
+        for i, sources in stage.sources.items():
             gate = stage.gates[str(i)]
-            for k, (weight, value) in enumerate(zip(gate.weight.tolist(), gate().tolist()), start=1):
+            for k, weight, value in zip(sources, gate.weight.tolist(), gate().tolist()):
                 record = dict(
                     target=i, source=k, target_name=names[i - 1], source_name=names[k - 1], gate=value, weight=weight)
                 if hasattr(gate, 'log_sharpness'):

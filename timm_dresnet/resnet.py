@@ -11,11 +11,30 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model, resnet
 from timm.models._features import feature_take_indices
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 __all__ = ['ResNet']  # the model registry adds each entry point to this
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+def fold_norms(block: nn.Module) -> None:
+    """Fold each batch norm of a residual block into the convolution before it, for inference.
+
+    Args:
+        block: A block of timm's ResNet, changed in place. Other norms stay as they are.
+    """
+    pairs = [(block, f'conv{i}', f'bn{i}') for i in (1, 2, 3)]
+    if block.downsample is not None:
+        last = len(block.downsample) - 1
+        pairs.append((block.downsample, str(last - 1), str(last)))
+    for module, conv_name, norm_name in pairs:
+        conv, norm = getattr(module, conv_name, None), getattr(module, norm_name, None)
+        if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.track_running_stats:
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+            setattr(module, norm_name, nn.Identity())
 
 
 class BasicBlock(resnet.BasicBlock):
@@ -139,6 +158,18 @@ class ResNet(resnet.ResNet):
         if len(layers) == 3:
             self.layer4 = nn.Sequential()  # for timm's forward_features
         self.stage_names = tuple(f'layer{i + 1}' for i in range(len(layers)))
+
+    def train(self, mode: bool = True) -> 'ResNet':
+        """Set training or evaluation mode.
+
+        Raises:
+            RuntimeError: If the model has been fused and is to be trained.
+        """
+        if mode and any(getattr(module, 'fused', False) for module in self.modules()):
+            raise RuntimeError(
+                'This model is fused for inference and cannot be trained: train the model that it was made from, and '
+                'fuse that again.')
+        return super().train(mode)
 
     def forward_context(self) -> Any:
         """What one forward pass carries from stage to stage beside the features."""
