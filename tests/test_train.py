@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_dresnet
-from train import benchmark
+from train import benchmark_loading
 from train.__main__ import main
 from train.arguments import parse_args
 from train.checkpoints import newest
@@ -238,9 +238,9 @@ def test_digits_split():
     assert both == sorted((image * 255 / 16).round().astype('uint8').tobytes() for image in images)
 
 
-def test_benchmark(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, '_BATCHES', 2)
-    benchmark.main(['--config', str(RECIPE), '--model', 'test_dresnet', '--workers', '0'])
+def test_benchmark_loading(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_loading, '_BATCHES', 2)
+    benchmark_loading.main(['--config', str(RECIPE), '--model', 'test_dresnet', '--workers', '0'])
     output = capsys.readouterr().out
     numbers = re.search(r'(\d+) images/s as loaded, (\d+) with one batch repeated, ratio ([\d.]+)', output)
     loaded, repeated, ratio = map(float, numbers.groups())

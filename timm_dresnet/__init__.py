@@ -8,5 +8,6 @@ from .dresnet import *
 from .gates import GATES
 from .inspection import connections, plot_connections
 from .plainnet import *
+from .pruning import prune_connections
 from .resnet import *
 from .version import __version__

@@ -17,6 +17,47 @@ from .resnet import BasicBlock, Bottleneck, ResNet, _cfg, _cifar_cfg, fold_norms
 __all__ = ['AdaResNet']  # the model registry adds each entry point to this
 
 
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Sum of products of `[B, C, H, W]`, which are not stored where both lie in memory alike."""
+    if a.is_contiguous() and b.is_contiguous():
+        return torch.dot(a.view(-1), b.view(-1))
+    a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    if a.is_contiguous() and b.is_contiguous():
+        return torch.dot(a.view(-1), b.view(-1))
+    return (a * b).sum()
+
+
+class _Fork(torch.autograd.Function):
+    """The input of a block, for its branch and for `_Join`, which leaves it to this to scale its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, alpha):
+        ctx.save_for_backward(alpha)
+        return x.view_as(x), x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, branch_grad, shortcut_grad):
+        alpha, = ctx.saved_tensors
+        return torch.addcmul(branch_grad, shortcut_grad, alpha), None
+
+
+class _Join(torch.autograd.Function):
+    """`branch + alpha * shortcut`, in place."""
+
+    @staticmethod
+    def forward(ctx, branch, shortcut, alpha):
+        ctx.save_for_backward(shortcut)
+        ctx.mark_dirty(branch)
+        return branch.addcmul_(shortcut, alpha)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        shortcut, = ctx.saved_tensors
+        return grad, grad, _dot(grad, shortcut)
+
+
 class SkipWeight(nn.Module):
     """The trained scalar alpha that scales a shortcut. Several blocks may hold the same one."""
 
@@ -57,20 +98,32 @@ class AdaBlock:
         self.fused = True
 
 
+    def add_shortcut(self, x: torch.Tensor) -> torch.Tensor:
+        """`branch(x) + alpha * shortcut(x)`, `[B, C, H, W]`."""
+        if self.downsample is not None:
+            return self.skip_weight(self.branch(x), self.downsample(x))
+        if not torch.jit.is_scripting():
+            # a compiler fuses the plain sum by itself
+            eager = not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+            if eager and torch.is_grad_enabled():
+                alpha = self.skip_weight.alpha.to(x.dtype)
+                x, shortcut = _Fork.apply(x, alpha)
+                return _Join.apply(self.branch(x), shortcut, alpha)
+        return self.skip_weight(self.branch(x), x)
+
+
 class AdaBasicBlock(AdaBlock, BasicBlock):
     """Basic block with a learned weight on its shortcut: `y = act(branch(x) + alpha * shortcut(x))`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.act2(self.skip_weight(self.branch(x), shortcut))
+        return self.act2(self.add_shortcut(x))
 
 
 class AdaBottleneck(AdaBlock, Bottleneck):
     """Bottleneck block with a learned weight on its shortcut: `y = act(branch(x) + alpha * shortcut(x))`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.act3(self.skip_weight(self.branch(x), shortcut))
+        return self.act3(self.add_shortcut(x))
 
 
 class AdaResNet(ResNet):

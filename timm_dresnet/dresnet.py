@@ -14,7 +14,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.utils import reparameterize_model
 
-from .gated_connections import Connections, Flow, StageFlow
+from .gated_connections import Connections, Flow, FusedConnections, StageFlow
 from .resnet import ResNet, _cfg, _cifar_cfg, fold_norms
 
 __all__ = ['DResNet']  # the model registry adds each entry point to this
@@ -80,8 +80,8 @@ class DResNet(ResNet):
             connection_rank: Number of channels in which the connections into a block are summed, before one 1x1
                 convolution expands the sum to the block's input. None sums them at full width. ``timm.create_model``
                 drops arguments that are None, so for a model whose default is a number say it to its entry point.
-            pruned_connections: Connections that are left out, (target, source) block numbers, as `prune_connections`
-                reports them.
+            pruned_connections: Connections that are left out, as (target, source) block numbers: the attribute of this
+                name of a network that has been pruned.
             norm_layer: Normalization layer.
             inference_mode: Build the network as `timm.utils.reparameterize_model` leaves it, for weights saved then.
             **kwargs: All other arguments of `ResNet`.
@@ -94,7 +94,7 @@ class DResNet(ResNet):
         super().__init__(block, layers, norm_layer=norm_layer, device=device, dtype=dtype, **kwargs)
 
         source_chs = []
-        pruned = {tuple(pair) for pair in pruned_connections}
+        self.pruned_connections: List[Tuple[int, int]] = []
         self.connections = nn.ModuleDict()
         for name, depth, info in zip(self.stage_names, layers, self.feature_info[1:]):
             stage = DResNetStage(*getattr(self, name))
@@ -102,12 +102,10 @@ class DResNet(ResNet):
             first, last = len(source_chs) + 1, len(source_chs) + depth
             source_chs += depth * [info['num_chs']]
             targets = range(max(first + 1, 3), min(last + 1, sum(layers)) + 1)
-            sources = {i: [k for k in range(1, i - 1) if (i, k) not in pruned] for i in targets}
-            sources = {i: numbers for i, numbers in sources.items() if numbers}
-            if sources:
+            if targets:
                 self.connections[name] = Connections(
                     source_chs,
-                    sources,
+                    {i: range(1, i - 1) for i in targets},
                     first,
                     info['num_chs'],
                     gate=gate,
@@ -117,6 +115,7 @@ class DResNet(ResNet):
                     device=device,
                     dtype=dtype,
                 )
+        self.prune_connections([tuple(pair) for pair in pruned_connections])
         if inference_mode:
             reparameterize_model(self, inplace=True)
 
@@ -125,16 +124,25 @@ class DResNet(ResNet):
         return [
             (i, k) for stage in self.connections.values() for i, numbers in stage.sources.items() for k in numbers]
 
-    def remove_connections(self, pairs: Set[Tuple[int, int]]) -> None:
+    def prune_connections(self, pairs: Sequence[Tuple[int, int]]) -> None:
         """Remove connections, with their parameters.
 
         Args:
             pairs: Their block numbers, (target, source).
+
+        Raises:
+            ValueError: If there is no such connection, or the network is fused.
         """
+        missing = set(pairs) - set(self.connection_pairs())
+        if missing:
+            raise ValueError(f'there is no connection into block {min(missing)[0]} from block {min(missing)[1]}.')
         for name, connections in list(self.connections.items()):
-            connections.remove(pairs)
+            if isinstance(connections, FusedConnections):
+                raise ValueError('connections cannot be removed from a fused network: prune it before it is fused.')
+            connections.remove(set(pairs))
             if not connections.sources:
                 del self.connections[name]
+        self.pruned_connections = sorted({*self.pruned_connections, *pairs})
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -161,7 +169,7 @@ class DResNet(ResNet):
         """Prune layers not required for specified intermediates, and the connections that lead to them."""
         take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         blocks = sum(len(getattr(self, name)) for name in self.stage_names)
-        self.remove_connections({(i, k) for i, k in self.connection_pairs() if i > blocks})
+        self.prune_connections([(i, k) for i, k in self.connection_pairs() if i > blocks])
         return take_indices
 
     def __prepare_scriptable__(self):

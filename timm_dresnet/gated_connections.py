@@ -12,7 +12,7 @@ Three things make this cheap without changing the function:
 * All targets of one source at one resolution share one convolution and one norm, their channels side by side.
 * Mean and variance of what a 1x1 convolution puts out follow from mean and covariance of what it takes in. So batch
   norm and gate fold into its kernel in training too: what the norm would see is never made, let alone kept for the
-  backward pass, and the convolutions of all sources that enter a resolution become one.
+  backward pass.
 """
 from contextlib import nullcontext
 from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
@@ -28,13 +28,52 @@ from .gates import create_gate
 __all__ = ['Connections', 'Flow', 'FusedConnections', 'StageFlow']
 
 
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """`[B, C, H, W]` as `[B * H * W, C]`, a view in channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
 def _moments(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """Mean, `[C]`, and covariance, `[C, C]`, of the channels of `[B, C, H, W]`."""
-    rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # a view in channels-last
+    rows = _rows(x)
     mean = rows.mean(0)
     # the covariance is used in symmetric forms alone, so its gradient is twice what comes through one factor
     second = rows.t() @ rows.detach() / len(rows)
     return mean, 2 * second - second.detach() - mean[:, None] * mean
+
+
+def _adds_in_place(y: torch.Tensor, sources: Sequence[torch.Tensor]) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False  # for these, one convolution says it best
+    fast = y.dtype != torch.float32 or y.device.type == 'cpu' or torch.get_float32_matmul_precision() != 'highest'
+    return fast and all(
+        x.dtype == y.dtype and x.is_contiguous(memory_format=torch.channels_last) for x in (y, *sources))
+
+
+@torch.fx.wrap
+def _add_convs(
+        y: torch.Tensor,
+        sources: List[torch.Tensor],
+        kernels: List[torch.Tensor],
+        bias: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """Add 1x1 convolutions of several sources to y.
+
+    Args:
+        y: `[B, C, H, W]`
+        sources: `[B, C_k, H, W]` each.
+        kernels: Theirs, `[C, C_k, 1, 1]` each.
+        bias: Of all together.
+    """
+    if not _adds_in_place(y, sources):
+        source = sources[0] if len(sources) == 1 else torch.cat(sources, dim=1)
+        kernel = kernels[0] if len(kernels) == 1 else torch.cat(kernels, dim=1)
+        return y + F.conv2d(source, kernel, bias)
+    # one large tensor is made, to which all products are added where it lies
+    rows = _rows(y).clone() if bias is None else _rows(y) + bias.to(y.dtype)
+    for source, kernel in zip(sources, kernels):
+        rows = rows.addmm_(_rows(source), kernel.flatten(1).t().to(y.dtype))
+    return rows.unflatten(0, (y.shape[0], *y.shape[2:])).permute(0, 3, 1, 2)
 
 
 class SplitNorm(nn.ModuleList):
@@ -184,7 +223,8 @@ class Flow:
     Attributes:
         block: Number of the block whose input is asked for, i.
         gates: Of the connections at this resolution, gate values for each source.
-        arriving: Gated sums so far for the targets still to come at this resolution, `[B, C, H, W]` each.
+        kernels: Of the connections at this resolution, (target, source), kernel and bias of what is still to be done.
+        parts: For each target at this resolution, what has been done for it, `[B, C, H, W]` each.
     """
 
     def __init__(self, stages: Sequence[StageFlow], grad_checkpointing: bool = False) -> None:
@@ -197,10 +237,11 @@ class Flow:
         self.grad_checkpointing = grad_checkpointing
         self.block = 0
         self.gates: Dict[int, torch.Tensor] = {}
-        self.arriving: Dict[int, torch.Tensor] = {}
+        self.kernels: Dict[Tuple[int, int], Tuple[torch.Tensor, torch.Tensor]] = {}
+        self.parts: Dict[int, List[torch.Tensor]] = {}
         self._ends = [sum(stage.depth for stage in stages[:s + 1]) for s in range(len(stages))]
         self._stage = -1
-        self._wanted = {k for stage in stages if stage.connections is not None for numbers in stage.connections.groups for k in numbers}
+        self._wanted = {k for stage in stages if stage.connections is not None for k in stage.connections.targets}
         self._sources: Dict[int, Tuple[int, torch.Tensor]] = {}  # the stage to whose resolution each is pooled
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:
@@ -231,67 +272,51 @@ class Flow:
         return y
 
     def receive(self, targets: Sequence[int], x: torch.Tensor) -> None:
-        """Add to what arrives at the given targets, whose channels lie side by side."""
-        for i, part in zip(targets, x.chunk(len(targets), dim=1)):
-            self.arriving[i] = self.arriving[i] + part if i in self.arriving else part
-
-
-def _group(sources: Dict[int, Sequence[int]], first_block: int) -> Dict[Tuple[int, ...], Tuple[int, ...]]:
-    groups: Dict[Tuple[int, Tuple[int, ...]], List[int]] = {}
-    for k in sorted({k for numbers in sources.values() for k in numbers}):
-        targets = tuple(i for i, numbers in sources.items() if k in numbers)
-        groups.setdefault((max(k, first_block - 1), targets), []).append(k)
-    return {tuple(numbers): targets for (_, targets), numbers in groups.items()}
+        """Note parts of the inputs of targets, whose channels lie side by side."""
+        chunks = x.chunk(len(targets), dim=1)
+        for j, i in enumerate(targets):
+            self.parts.setdefault(i, []).append(chunks[j])
 
 
 class StageConnections(nn.Module):
-    """All connections whose targets take the output shape of one stage. Subclasses compute them, in `project`.
+    """All connections whose targets take the output shape of one stage.
 
     Attributes:
         sources: For each target, the numbers of the blocks that it takes from.
-        groups: Sources that are sent together, and their targets: those of earlier stages with the same targets, and
-            each block of this stage by itself.
+        targets: For each source, the numbers of the blocks that take from it.
         expansions: For each target, what brings the sum to the channels of the stage, if it is summed in fewer.
     """
 
-    def __init__(self, sources: Dict[int, Sequence[int]], first_block: int, expansions: Dict[str, nn.Module]) -> None:
+    def __init__(self, sources: Dict[int, Sequence[int]], first_block: int) -> None:
         """
         Args:
             sources: See above.
             first_block: Number of the stage's first block.
-            expansions: See above.
         """
         super().__init__()
-        self.sources = {i: tuple(numbers) for i, numbers in sources.items()}
         self.first_block = first_block
-        self.groups = _group(self.sources, first_block)
-        self.expansions = nn.ModuleDict(expansions)
+        self.connect(sources)
+        self.expansions = nn.ModuleDict()
 
-    def project(self, numbers: Tuple[int, ...], sources: Sequence[torch.Tensor], flow: Flow) -> torch.Tensor:
-        """Gated sum of the sources of one group.
-
-        Args:
-            numbers: Their numbers.
-            sources: Pooled sources, `[B, C_k, H, W]`.
-            flow: The pass so far.
-
-        Returns:
-            For all targets side by side, `[B, T * C, H, W]`.
-        """
-        raise NotImplementedError
-
-    def send(self, numbers: Tuple[int, ...], flow: Flow) -> None:
-        """Add the sources of one group to what arrives at their targets."""
-        args = numbers, [flow.source(k) for k in numbers], flow
-        flow.receive(
-            self.groups[numbers],
-            checkpoint(self.project, *args) if flow.grad_checkpointing else self.project(*args))
+    def connect(self, sources: Dict[int, Sequence[int]]) -> None:
+        """Set `sources`, and `targets` to go with them."""
+        self.sources = {i: tuple(numbers) for i, numbers in sources.items()}
+        numbers = sorted({k for numbers in sources.values() for k in numbers})
+        self.targets = {k: tuple(i for i in sources if k in sources[i]) for k in numbers}
 
     def enter(self, flow: Flow) -> None:
         """Begin this resolution: send what the blocks of earlier stages have put out."""
-        for numbers in self.groups:
-            if numbers[-1] < self.first_block:
-                self.send(numbers, flow)
+        for k in self.targets:
+            if k < self.first_block:
+                self.send(k, flow)
+
+    def send(self, k: int, flow: Flow) -> None:
+        """Do what is to be done once for a source."""
+        raise NotImplementedError
+
+    def kernels(self, i: int, flow: Flow) -> Tuple[List[torch.Tensor], torch.Tensor]:
+        """Kernels for the sources of a target, and the bias of all, where sums are of the stage's channels."""
+        raise NotImplementedError
 
     def forward(self, y: torch.Tensor, flow: Flow) -> torch.Tensor:
         """
@@ -305,10 +330,16 @@ class StageConnections(nn.Module):
         i = flow.block
         x = y
         if i in self.sources:
-            arriving = flow.arriving.pop(i)
-            x = y + (self.expansions[str(i)](arriving) if self.expansions else arriving)
-        if (i - 1,) in self.groups:
-            self.send((i - 1,), flow)
+            parts = flow.parts.pop(i, None)
+            if parts is None:
+                x = _add_convs(y, [flow.source(k) for k in self.sources[i]], *self.kernels(i, flow))
+            elif self.expansions:
+                expansion = self.expansions[str(i)]
+                x = _add_convs(y, [sum(parts[1:], parts[0])], [expansion.weight], expansion.bias)
+            else:
+                x = sum(parts, y)
+        if i - 1 in self.targets:
+            self.send(i - 1, flow)
         return x
 
 
@@ -340,14 +371,13 @@ class Connections(StageConnections):
                 expands the sum to ``out_chs``. None sums them in ``out_chs`` channels.
             norm_layer: Norm layer.
         """
+        super().__init__(sources, first_block)
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(sources, first_block, {})
         self.gates = nn.ModuleDict({
             str(i): create_gate(gate, len(numbers), gate_init, **dd) for i, numbers in sources.items()})
-        targets = {k: i for numbers, i in self.groups.items() for k in numbers}
         self.projections = nn.ModuleDict({
-            str(k): Projection(source_chs[k - 1], rank or out_chs, targets[k], norm_layer, **dd)
-            for k in sorted(targets)
+            str(k): Projection(source_chs[k - 1], rank or out_chs, targets, norm_layer, **dd)
+            for k, targets in self.targets.items()
         })
         if rank:
             for i in sources:
@@ -356,78 +386,108 @@ class Connections(StageConnections):
 
     def gate_values(self) -> Dict[int, torch.Tensor]:
         """For each source, the gate values of its targets here."""
-        values = {
-            (i, k): value
-            for i, numbers in self.sources.items() for k, value in zip(numbers, self.gates[str(i)]().unbind())
+        values = {i: self.gates[str(i)]().unbind() for i in self.sources}
+        return {
+            k: torch.stack([values[i][self.sources[i].index(k)] for i in targets]) for k, targets in self.targets.items()
         }
-        return {k: torch.stack([values[i, k] for i in targets]) for numbers, targets in self.groups.items()
-                for k in numbers}
+
+    @property
+    def folds(self) -> bool:
+        """Whether all that is left of the connections, now, are kernels."""
+        return not self.expansions and all(projection.folds for projection in self.projections.values())
 
     def enter(self, flow: Flow) -> None:
         flow.gates = self.gate_values()
         super().enter(flow)
 
-    def project(self, numbers: Tuple[int, ...], sources: Sequence[torch.Tensor], flow: Flow) -> torch.Tensor:
-        projections = [self.projections[str(k)] for k in numbers]
-        gates = [flow.gates[k] for k in numbers]
-        if len(numbers) > 1 and all(projection.folds for projection in projections):
-            kernels, biases = zip(*(p.folded(x, gate) for p, x, gate in zip(projections, sources, gates)))
-            return F.conv2d(torch.cat(sources, dim=1), torch.cat(kernels, dim=1), sum(biases))
-        total = projections[0](sources[0], gates[0])
-        for projection, source, gate in zip(projections[1:], sources[1:], gates[1:]):
-            total += projection(source, gate)
-        return total
+    def send(self, k: int, flow: Flow) -> None:
+        projection = self.projections[str(k)]
+        targets, args = projection.targets, (flow.source(k), flow.gates[k])
+        if self.folds:
+            kernels, biases = (tensor.chunk(len(targets)) for tensor in projection.folded(*args))
+            for j, i in enumerate(targets):
+                flow.kernels[i, k] = kernels[j], biases[j]
+            return
+        x = checkpoint(projection, *args) if flow.grad_checkpointing else projection(*args)
+        flow.receive(targets, x)
+
+    def kernels(self, i: int, flow: Flow) -> Tuple[List[torch.Tensor], torch.Tensor]:
+        kernels, biases = zip(*(flow.kernels.pop((i, k)) for k in self.sources[i]))
+        return list(kernels), sum(biases)
 
     def remove(self, connections: Set[Tuple[int, int]]) -> None:
         """Remove connections, given as (target, source)."""
         before = self.sources
-        self.sources = {i: tuple(k for k in ks if (i, k) not in connections) for i, ks in before.items()}
-        self.sources = {i: numbers for i, numbers in self.sources.items() if numbers}
-        self.groups = _group(self.sources, self.first_block)
-        for i, numbers in before.items():
-            if i not in self.sources:
+        sources = {i: tuple(k for k in numbers if (i, k) not in connections) for i, numbers in before.items()}
+        self.connect({i: numbers for i, numbers in sources.items() if numbers})
+        for i, numbers in sources.items():
+            if not numbers:
                 del self.gates[str(i)]
                 if self.expansions:
                     del self.expansions[str(i)]
-            elif len(self.sources[i]) < len(numbers):
+            elif numbers != before[i]:
                 weight = self.gates[str(i)].weight
-                kept = weight.detach()[[numbers.index(k) for k in self.sources[i]]]
+                kept = weight.detach()[[before[i].index(k) for k in numbers]]
                 self.gates[str(i)].weight = nn.Parameter(kept, weight.requires_grad)
-        targets = {k: i for numbers, i in self.groups.items() for k in numbers}
         for k, projection in list(self.projections.items()):
-            if int(k) not in targets:
+            if int(k) not in self.targets:
                 del self.projections[k]
-            elif projection.targets != targets[int(k)]:
-                projection.keep(targets[int(k)])
+            elif projection.targets != self.targets[int(k)]:
+                projection.keep(self.targets[int(k)])
 
-    @torch.no_grad()
-    def fuse(self) -> nn.Module:
+    def fuse(self) -> StageConnections:
         """The same as plain convolutions, for inference; itself if it has norms that do not fold."""
         if not all(projection.has_batch_norm for projection in self.projections.values()):
             return self
         return FusedConnections(self)
 
 
-class FusedConnections(StageConnections):
-    """Connections for inference: norms and gates in the kernels, one convolution for each group of sources."""
+def _conv1x1(kernel: torch.Tensor, bias: Optional[torch.Tensor]) -> nn.Conv2d:
+    conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], 1, bias=bias is not None, device='meta')
+    conv.weight = nn.Parameter(kernel)
+    if bias is not None:
+        conv.bias = nn.Parameter(bias)
+    return conv
 
+
+class FusedConnections(StageConnections):
+    """Connections for inference, norms and gates in the kernels: one convolution for each target over its sources.
+
+    Where sums are of fewer channels than the stage has, one for each source, and one for each target.
+    """
+    fused = True
+
+    @torch.no_grad()
     def __init__(self, connections: Connections) -> None:
         """
         Args:
             connections: What to fuse.
         """
-        super().__init__(connections.sources, connections.first_block, connections.expansions)
+        super().__init__(connections.sources, connections.first_block)
         connections.eval()
         gates = connections.gate_values()
+        folded = {k: connections.projections[str(k)].folded(None, gates[k]) for k in self.targets}
+        parts = {
+            (i, k): part for k, (kernel, bias) in folded.items() for targets in [self.targets[k]]
+            for i, *part in zip(targets, kernel.chunk(len(targets)), bias.chunk(len(targets)))
+        }
         self.convs = nn.ModuleDict()
-        for numbers in self.groups:
-            projections = [connections.projections[str(k)] for k in numbers]
-            kernels, biases = zip(*(p.folded(None, gates[k]) for p, k in zip(projections, numbers)))
-            kernel, bias = torch.cat(kernels, dim=1), sum(biases)
-            conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], 1, device='meta')
-            conv.weight, conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
-            self.convs['_'.join(map(str, numbers))] = conv
+        for i, numbers in self.sources.items():
+            kernels, biases = zip(*(parts[i, k] for k in numbers))
+            if connections.expansions:
+                weight = connections.expansions[str(i)].weight
+                self.expansions[str(i)] = _conv1x1(weight.detach(), weight.flatten(1) @ sum(biases))
+            else:
+                self.convs[str(i)] = _conv1x1(torch.cat(kernels, dim=1), sum(biases))
+        if connections.expansions:
+            for k, (kernel, _) in folded.items():
+                self.convs[str(k)] = _conv1x1(kernel, None)
+        self.source_chs = {k: kernel.shape[1] for k, (kernel, _) in folded.items()}
 
-    def project(self, numbers: Tuple[int, ...], sources: Sequence[torch.Tensor], flow: Flow) -> torch.Tensor:
-        x = sources[0] if len(sources) == 1 else torch.cat(sources, dim=1)
-        return self.convs['_'.join(map(str, numbers))](x)
+    def send(self, k: int, flow: Flow) -> None:
+        if self.expansions:
+            flow.receive(self.targets[k], self.convs[str(k)](flow.source(k)))
+
+    def kernels(self, i: int, flow: Flow) -> Tuple[List[torch.Tensor], torch.Tensor]:
+        conv = self.convs[str(i)]
+        return list(conv.weight.split([self.source_chs[k] for k in self.sources[i]], dim=1)), conv.bias

@@ -1,12 +1,13 @@
 """What a network's learned connections have become: as records and as a picture."""
 from pathlib import Path
-from typing import Any, Dict, List, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 
 from .adaresnet import AdaResNet
 from .dresnet import DResNet
+from .gated_connections import Connections, Flow, FusedConnections
 
 __all__ = ['connections', 'plot_connections']
 
@@ -16,21 +17,49 @@ def _block_names(model: nn.Module) -> List[str]:
 
 
 @torch.no_grad()
-def connections(model: nn.Module) -> List[Dict[str, Any]]:
+def _effects(model: DResNet, images: torch.Tensor) -> Dict[Tuple[int, int], float]:
+    """Norm of what each connection, (target, source), adds to its target's input, over the norm of that input."""
+    effects = {}
+
+    def measure(module: Connections, args: Tuple[torch.Tensor, Flow], x: torch.Tensor) -> None:
+        i, flow = args[1].block, args[1]
+        for k in module.sources.get(i, ()):
+            projection = module.projections[str(k)]
+            part = projection(flow.source(k), flow.gates[k]).chunk(len(projection.targets), dim=1)
+            part = part[projection.targets.index(i)]
+            if module.expansions:
+                part = module.expansions[str(i)](part)
+            effects[i, k] = (part.double().norm() / x.double().norm()).item()
+
+    training = model.training
+    hooks = [stage.register_forward_hook(measure) for stage in model.connections.values()]
+    try:
+        model.eval()(images)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return effects
+
+
+@torch.no_grad()
+def connections(model: nn.Module, images: Optional[torch.Tensor] = None) -> List[Dict[str, Any]]:
     """List the learned connections of a network.
 
     Args:
         model: A DResNet or an AdaResNet.
+        images: Images to measure the effects of a DResNet's connections on, preprocessed, `[B, C, H, W]`.
 
     Returns:
         One record for each connection, in the order of targets, then sources. Blocks are numbered from 1.
 
-        * DResNet: ``target``, ``source``, ``target_name``, ``source_name``, ``gate`` (value F(w)), ``weight`` (w) and
-          ``sharpness`` (k, for Gauss gates).
+        * DResNet: ``target``, ``source``, ``target_name``, ``source_name``, ``gate`` (value F(w)), ``weight`` (w),
+          ``sharpness`` (k, for Gauss gates) and, on ``images``, ``effect``: the norm of what the connection adds to
+          its target's input, over the norm of that input.
         * AdaResNet: ``target``, ``target_name``, ``kind`` ('identity' or 'projection') and ``alpha``.
 
     Raises:
-        ValueError: If the model has no learned connections.
+        ValueError: If the model has no learned connections, or is a DResNet fused for inference.
     """
     if isinstance(model, AdaResNet):
         return [
@@ -45,7 +74,9 @@ def connections(model: nn.Module) -> List[Dict[str, Any]]:
         ]
     if not isinstance(model, DResNet):
         raise ValueError(f'connections are learned in a DResNet or an AdaResNet, got a {type(model).__name__}.')
-    names = _block_names(model)
+    if any(isinstance(stage, FusedConnections) for stage in model.connections.values()):
+        raise ValueError('a fused DResNet has no gates any more: look at the network that it was made from.')
+    names, effects = _block_names(model), {} if images is None else _effects(model, images)
     records = []
     for stage in model.connections.values():
         for i, sources in stage.sources.items():
@@ -55,6 +86,8 @@ def connections(model: nn.Module) -> List[Dict[str, Any]]:
                     target=i, source=k, target_name=names[i - 1], source_name=names[k - 1], gate=value, weight=weight)
                 if hasattr(gate, 'log_sharpness'):
                     record['sharpness'] = gate.log_sharpness.exp().item()
+                if images is not None:
+                    record['effect'] = effects[i, k]
                 records.append(record)
     return records
 

@@ -91,6 +91,7 @@ class ResNet(resnet.ResNet):
     Subclasses say what is learned about the shortcuts: `forward_stage` runs one stage, with whatever
     `forward_context` made for the pass.
     """
+    __jit_unused_properties__ = ['fused', '_model_args']
 
     def __init__(
             self,
@@ -159,13 +160,32 @@ class ResNet(resnet.ResNet):
             self.layer4 = nn.Sequential()  # for timm's forward_features
         self.stage_names = tuple(f'layer{i + 1}' for i in range(len(layers)))
 
+    @property
+    def fused(self) -> bool:
+        """Whether the model is fused for inference."""
+        return any(getattr(module, 'fused', False) for module in self.modules() if module is not self)
+
+    @property
+    def _model_args(self) -> Dict[str, Any]:
+        # what timm writes into config.json, to build the network again as it is now
+        args = dict(self.__dict__.get('_created_with', {}))
+        if self.fused:
+            args['inference_mode'] = True
+        if getattr(self, 'pruned_connections', None):
+            args['pruned_connections'] = self.pruned_connections
+        return args
+
+    @_model_args.setter
+    def _model_args(self, args: Dict[str, Any]) -> None:
+        self._created_with = args
+
     def train(self, mode: bool = True) -> 'ResNet':
         """Set training or evaluation mode.
 
         Raises:
             RuntimeError: If the model has been fused and is to be trained.
         """
-        if mode and any(getattr(module, 'fused', False) for module in self.modules()):
+        if mode and self.fused:
             raise RuntimeError(
                 'This model is fused for inference and cannot be trained: train the model that it was made from, and '
                 'fuse that again.')

@@ -1,75 +1,426 @@
-"""`python -m train.benchmark`: does loading hold training up? Images/s as loaded, and with one batch repeated.
+"""`python -m train.benchmark`: what models cost in inference and in training, as ratios to a baseline.
 
-Takes the arguments of `python -m train`. Both are measured in turns, in one run, after a warm-up.
+The two models of a pair, and both as prepared for inference, are timed in turns, in one run, after a warm-up: whatever
+else slows the machine down slows all of them down.
 """
+import argparse
+import copy
+import gc
 import itertools
-import statistics
+import json
+import os
+import platform
+import re
+import shlex
 import sys
+import tempfile
 import time
-from typing import Callable, Iterator, List, Optional, Tuple
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+import timm
 import torch
-from timm.data import resolve_data_config
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.utils import setup_default_logging
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models.resnet import ResNet
+from timm.utils import ParseKwargs, reparameterize_model
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from timm_dresnet.resnet import fold_norms
 
 from .arguments import parse_args
-from .data import BadImageError, create_train_loader
-from .trainer import create_autocast, create_model, create_task, resolve_learning_rate, set_up_device
+from .files import replace
+from .trainer import create_model
 
-_ROUNDS, _BATCHES = 5, 30
+_PAIRS = [('dresnet18', 'resnet18'), ('adaresnet50', 'resnet50'), ('dresnet50', 'resnet50')]
+_GROWTH = [(f'dresnet{depth}', f'resnet{depth}') for depth in (18, 34, 50, 101)]
+_GROWTH_CIFAR = [(f'dresnet{depth}_cifar', f'resnet{depth}_cifar') for depth in (20, 56)]
+_SAMPLE_SECONDS = 0.2  # calls that take less are repeated for so long in every round
+_COLUMNS = {  # what is measured: its heading, and how a value and the batch size are written for a baseline
+    'parameters': ('parameters', lambda value, batch: f'{value:,}'),
+    'multiply_adds': ('multiply-adds', lambda value, batch: f'{value / 1e6:,.1f} M'),
+    'image_seconds': ('one image', lambda value, batch: f'{1e3 * value:.1f} ms'),
+    'batch_seconds': ('batch', lambda value, batch: f'{batch / value:.1f} images/s'),
+    'step_seconds': ('training step', lambda value, batch: f'{1e3 * value:.1f} ms'),
+    'peak_memory': ('peak memory', lambda value, batch: f'{value / 1e6:.1f} MB'),
+}
+
+
+class Pair(NamedTuple):
+    """A model, what it is compared with, and the images for both."""
+    model: str
+    baseline: str
+    img_size: int
+    batch_size: int
+
+
+def count_multiply_adds(model: nn.Module, input_size: Sequence[int]) -> int:
+    """Multiply-adds of convolutions and matrix products for one input of the given size, `[C, H, W]`."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)  # the counter's hooks fail on parameters as outputs
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.zeros(1, *input_size))
+    return counter.get_total_flops() // 2
+
+
+def prepare_for_inference(model: nn.Module) -> Optional[Tuple[str, nn.Module]]:
+    """Fuse a copy of a model or, of a ResNet with nothing to fuse, fold the norms of its blocks.
+
+    Fusing folds these norms too: beside a baseline whose norms are folded, one sees what the rest of a model costs.
+
+    Returns:
+        What was done, in words, and the copy; None if there is nothing to do.
+    """
+    def fold(model: nn.Module) -> nn.Module:
+        if isinstance(model, ResNet):
+            for block in itertools.chain(model.layer1, model.layer2, model.layer3, model.layer4):
+                fold_norms(block)
+        return model
+
+    for what, prepare in (('fused', partial(reparameterize_model, inplace=True)), ('norms folded', fold)):
+        prepared = prepare(copy.deepcopy(model).eval())
+        if prepared.state_dict().keys() != model.state_dict().keys():
+            return what, prepared
+    return None
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
+    """The most bytes of tensors that a call holds at one time, beside those that exist when it begins."""
+    if device.type == 'cuda':
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == '[memory]']
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+
+
+class TrainingStep:
+    """Forward, cross-entropy, backward, and an SGD update with momentum. There are no gradients before or after.
+
+    The learning rate is 0, so that every step does the same work on the same weights.
+    """
+
+    def __init__(self, model: nn.Module, images: torch.Tensor, autocast: Callable[[], torch.autocast]) -> None:
+        self.model = model.train()
+        self.images = images
+        self.targets = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        self.autocast = autocast
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0., momentum=0.9)
+
+    def __call__(self) -> None:
+        with self.autocast():
+            loss = F.cross_entropy(self.model(self.images), self.targets)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def peak_memory(self) -> int:
+        """The most bytes that a step holds: parameters, buffers, momentum, batch, and all that it makes of them."""
+        self()  # the first step makes the momentum
+        held = [*self.model.parameters(), *self.model.buffers(), self.images, self.targets]
+        held += [value for state in self.optimizer.state.values() for value in state.values()]
+        return sum(tensor.nbytes for tensor in held) + peak_memory(self, self.images.device)
+
+
+def time_in_turns(
+        tasks: Dict[Any, Callable[[], None]],
+        rounds: int,
+        wait: Callable[[], None],
+        title: str,
+) -> Dict[Any, List[float]]:
+    """Seconds of a call of each task, in each round.
+
+    Args:
+        tasks: What to time. Those that are to be compared stand next to each other.
+        rounds: How often the turn comes to each.
+        wait: Returns when the device has done all that it was given.
+        title: What the progress bar says.
+    """
+    def seconds(task: Callable[[], None], calls: int) -> float:
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            task()
+        wait()
+        return (time.perf_counter() - start) / calls
+
+    with tqdm(total=len(tasks) * (rounds + 1), desc=title, unit='timing', mininterval=1) as bar:
+        calls = {}
+        for key, task in tasks.items():
+            seconds(task, 2)  # compiles, captures, allocates
+            calls[key] = max(1, round(_SAMPLE_SECONDS / seconds(task, 1)))
+            bar.update()
+        times: Dict[Any, List[float]] = {key: [] for key in tasks}
+        for i in range(rounds):
+            for key in list(tasks)[::-1 if i % 2 else 1]:
+                times[key].append(seconds(tasks[key], calls[key]))
+                bar.update()
+    return times
+
+
+def create_pair(pair: Pair, model_kwargs: Dict[str, Any]) -> Dict[str, nn.Module]:
+    """The ``model`` and the ``baseline`` of a pair.
+
+    Raises:
+        ValueError: If there is no such model, or it does not take the arguments.
+    """
+    torch.manual_seed(0)
+    models = {}
+    for role, name, kwargs in (('model', pair.model, model_kwargs), ('baseline', pair.baseline, {})):
+        args = parse_args(['--model', name])
+        args.model_kwargs = kwargs
+        models[role] = create_model(args)
+    return models
+
+
+def create_variants(pair: Pair, model_kwargs: Dict[str, Any]) -> Dict[str, Tuple[str, nn.Module]]:
+    """The models of a pair, and each as ``prepared_...`` for inference, with their names."""
+    variants = {}
+    for role, model in create_pair(pair, model_kwargs).items():
+        name = getattr(pair, role)
+        variants[role] = name, model
+        prepared = prepare_for_inference(model)
+        if prepared is not None:
+            variants[f'prepared_{role}'] = f'{name}, {prepared[0]}', prepared[1]
+    return variants
+
+
+def measure(pair: Pair, args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
+    """Measure a pair.
+
+    Returns:
+        Size of the ``input``, and of each of the ``variants`` its name and the values of the table's columns, times as
+        one for each round.
+
+    Raises:
+        ValueError: If there is no such model, or it does not take its arguments or the images.
+    """
+    variants = create_variants(pair, args.model_kwargs)
+    size = (3, pair.img_size, pair.img_size)
+    results: Dict[str, Dict[str, Any]] = {}
+    for key, (name, model) in variants.items():
+        results[key] = dict(name=name, parameters=sum(p.numel() for p in model.parameters()))
+        try:
+            results[key]['multiply_adds'] = count_multiply_adds(model, size)
+        except (AssertionError, RuntimeError) as e:
+            raise ValueError(f'{name} does not take images of {size}: {" ".join(str(e).split())}') from e
+
+    layout = dict(memory_format=torch.contiguous_format if args.contiguous else torch.channels_last)
+    images = torch.randn(pair.batch_size, *size).to(device, **layout)
+    wait = partial(torch.cuda.synchronize, device) if device.type == 'cuda' else lambda: None
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp)
+
+    def place(model: nn.Module) -> nn.Module:
+        model.to(device, **layout)
+        if args.compile:
+            return torch.compile(model, dynamic=False, mode='reduce-overhead' if args.cuda_graphs else None)
+        return model
+
+    @torch.inference_mode()
+    def infer(model: nn.Module, images: torch.Tensor) -> None:
+        with autocast():
+            model(images)
+
+    def infer_and_wait(model: nn.Module, images: torch.Tensor) -> None:
+        infer(model, images)
+        wait()
+
+    steps = {key: TrainingStep(place(copy.deepcopy(variants[key][1])), images, autocast)
+             for key in ('model', 'baseline')}
+    networks = {key: place(model.eval()) for key, (_, model) in variants.items()}
+    times = time_in_turns(
+        {
+            **{(key, 'image_seconds'): partial(infer_and_wait, model, images[:1]) for key, model in networks.items()},
+            **{(key, 'batch_seconds'): partial(infer, model, images) for key, model in networks.items()},
+            **{(key, 'step_seconds'): step for key, step in steps.items()},
+        },
+        args.rounds,
+        wait,
+        f'{pair.model} / {pair.baseline}',
+    )
+    for (key, column), seconds in times.items():
+        results[key][column] = seconds
+    if not args.cuda_graphs:  # these keep their memory between steps
+        for key, step in steps.items():
+            results[key]['peak_memory'] = step.peak_memory()
+    return dict(input=[pair.batch_size, *size], variants=results)
+
+
+def quartiles(values: Sequence[float]) -> List[float]:
+    """First quartile, median, and third quartile."""
+    return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+
+
+def compare(variants: Dict[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Ratios of a model to its baseline, both as they are and as prepared; of times, quartiles of those of rounds."""
+    rows = []
+    for role, of in (('model', 'baseline'), ('prepared_model', 'baseline'), ('prepared_model', 'prepared_baseline')):
+        if role in variants and of in variants:
+            a, b = variants[role], variants[of]
+            row = dict(name=a['name'], baseline=b['name'])
+            for key in _COLUMNS:
+                if key in a and key in b:
+                    times = isinstance(a[key], list)
+                    row[key] = quartiles([x / y for x, y in zip(a[key], b[key])]) if times else a[key] / b[key]
+            rows.append(row)
+    return rows
+
+
+def format_report(report: Dict[str, Any]) -> str:
+    """A report as Markdown."""
+    def absolute(key: str, value: Any, batch_size: int) -> str:
+        return _COLUMNS[key][1](quartiles(value)[1] if isinstance(value, list) else value, batch_size)
+
+    def ratio(value: Any) -> str:
+        return '{1:.2f} ({0:.2f} to {2:.2f})'.format(*value) if isinstance(value, list) else f'{value:.3f}'
+
+    heads = ['model', 'of', 'input', *(head for head, _ in _COLUMNS.values())]
+    rows = [heads, ['---'] * len(heads)]
+    for result in report['results']:
+        size, variants = 'x'.join(map(str, result['input'])), result['variants']
+        for baseline in (variants[key] for key in ('baseline', 'prepared_baseline') if key in variants):
+            cells = [absolute(key, baseline[key], result['input'][0]) if key in baseline else '' for key in _COLUMNS]
+            rows.append([baseline['name'], '', size, *cells])
+        for row in result['ratios']:
+            cells = [ratio(row[key]) if key in row else '' for key in _COLUMNS]
+            rows.append([row['name'], row['baseline'], size, *cells])
+    return '\n'.join([
+        f'`{report["command"]}`',
+        '',
+        '; '.join(f'{key}: {value}' for key, value in report['setup'].items()),
+        '',
+        'Baselines in numbers, models as ratios to them: 1.10 is 10 % more time for the same images, or 10 % more of '
+        'anything else. Of times, the median over the rounds and, in brackets, the quartiles.',
+        '',
+        *(f'| {" | ".join(row)} |' for row in rows),
+        '',
+    ])
+
+
+def describe(args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
+    """What the numbers depend on, apart from the models."""
+    cpu = Path('/proc/cpuinfo')  # what Python knows of a processor on Linux is its architecture
+    name = re.search(r'^model name\s*: (.*)', cpu.read_text(), re.MULTILINE) if cpu.exists() else None
+    name = name[1] if name else platform.processor() or platform.machine()
+    setup = dict(device=device.type, CPU=f'{name} ({torch.backends.cpu.get_cpu_capability()})')
+    if device.type == 'cuda':
+        setup['device'] = torch.cuda.get_device_name(device)
+    compiling = 'torch.compile with CUDA graphs' if args.cuda_graphs else 'torch.compile' if args.compile else 'none'
+    return dict(
+        setup,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        timm=timm.__version__,
+        dtype=('bfloat16 autocast, else ' if args.amp else '') + 'float32' + ' (TF32)' * (device.type == 'cuda'),
+        layout='contiguous' if args.contiguous else 'channels-last',
+        compiler=compiling,
+        **{'image size': args.img_size, 'batch size': args.batch_size, 'rounds': args.rounds},
+    )
+
+
+def write(text: str, path: Path) -> None:
+    """Write a file whole."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.benchmark-') as folder:
+        new = Path(folder, path.name)
+        new.write_text(text, encoding='utf-8')
+        replace(new, path)
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    args = parse_args(argv)
-    device = set_up_device(args)
+    argv = sys.argv[1:] if argv is None else argv
+
+    def positive(text: str) -> int:
+        number = int(text)
+        if number < 1:
+            raise ValueError
+        return number
+
+    parser = argparse.ArgumentParser(
+        prog='python -m train.benchmark',
+        description='Time and memory of models as ratios to a baseline. Without --models: dresnet18 of resnet18, '
+                    'adaresnet50 and dresnet50 of resnet50.',
+        epilog='example: python -m train.benchmark --models dresnet18 --baseline resnet18 --model-kwargs gate=gauss',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--models', nargs='+', metavar='NAME', help='architectures, any of timm.list_models()')
+    parser.add_argument('--baseline', metavar='NAME', help='the architecture to compare them with')
+    parser.add_argument('--growth', action='store_true',
+                        help='DResNets of growing depth instead: 18 to 101 layers, and 20 and 56 in batches of 128 '
+                             'images of 32x32')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+                        help='other arguments of the models, but not of the baseline, such as gate=gauss')
+    parser.add_argument('--img-size', type=positive, default=224, metavar='N', help='image size')
+    parser.add_argument('-b', '--batch-size', type=positive, default=8, metavar='N', help='images in a batch')
+    parser.add_argument('--rounds', type=positive, default=10, metavar='N', help='how often each is timed')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME',
+                        help='device to run on')
+    parser.add_argument('--threads', type=positive, metavar='N', help='CPU threads of PyTorch')
+    parser.add_argument('--contiguous', action='store_true', help='contiguous memory layout instead of channels-last')
+    parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
+    parser.add_argument('--compile', action='store_true', help='torch.compile the models')
+    parser.add_argument('--cuda-graphs', action='store_true',
+                        help='the same with CUDA graphs; peak memory is not measured')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write all that was measured, times of every round')
+    parser.add_argument('--md', type=Path, metavar='FILE', help='write what is printed')
     try:
-        model = create_model(args).to(device)
-        loader = create_train_loader(args, resolve_data_config(vars(args), model=model), model.num_classes, device)
-        if not len(loader):
-            raise ValueError(f'--batch-size {args.batch_size} is more than there are training images.')
-    except (OSError, ValueError, BadImageError) as e:
-        sys.exit(f'python -m train.benchmark: error: {e}')
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    task = create_task(args, model, device).train()
-    args.lr = resolve_learning_rate(args)
-    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
-    autocast = create_autocast(args, device)
+        args = parser.parse_args(argv)
+    except ValueError:  # from ParseKwargs
+        parser.error('--model-kwargs must be KEY=VALUE pairs, such as gate=gauss.')
+    args.compile |= args.cuda_graphs
+    if bool(args.models) != bool(args.baseline):
+        parser.error('--models and --baseline need each other.')
+    if args.growth and args.models:
+        parser.error('--growth has models of its own: leave out either it or --models.')
+    for path in filter(None, (args.json, args.md)):
+        if not path.parent.is_dir() or path.is_dir():
+            parser.error(f'{path} cannot be written: it must be a file in a folder that exists.')
+    try:
+        device = torch.device(args.device)
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as e:
+        parser.error(f'--device {args.device}: {str(e).splitlines()[0]}')
+    if device.type not in ('cpu', 'cuda'):
+        parser.error(f'--device must be cpu or a CUDA device, not {args.device}.')
+    if args.cuda_graphs and device.type != 'cuda':
+        parser.error(f'--cuda-graphs needs a CUDA device, not {args.device}.')
 
-    def images_per_second(next_batch: Callable[[], Tuple[torch.Tensor, torch.Tensor]], count: int) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            images, targets = next_batch()
-            if args.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            with autocast():
-                loss = task(images, targets)['loss']
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            loss.item()
-        return count * len(images) / (time.perf_counter() - start)
-
-    def load() -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
-        for epoch in itertools.count():
-            loader.loader.set_epoch(epoch)
-            yield from loader
-
-    batches = load()
-    batch = next(batches)
-    sources = {'loaded': lambda: next(batches), 'one batch repeated': lambda: batch}
-    for source in sources.values():
-        images_per_second(source, 5)
-    speeds = {name: [] for name in sources}
-    for _ in range(_ROUNDS):
-        for name, source in sources.items():
-            speeds[name].append(images_per_second(source, _BATCHES))
-    loaded, repeated = (statistics.median(values) for values in speeds.values())
-    print(f'{args.model} on {device.type}, {args.workers} loading processes, batches of {args.batch_size}: '
-          f'{loaded:.0f} images/s as loaded, {repeated:.0f} with one batch repeated, ratio {loaded / repeated:.2f}')
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler logs that it finds no GPU
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # all variants share the code that is compiled for each of them
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
+    pairs = _GROWTH if args.growth else _PAIRS
+    if args.models:
+        pairs = [(model, args.baseline) for model in args.models]
+    pairs = [Pair(*pair, args.img_size, args.batch_size) for pair in pairs]
+    if args.growth:
+        pairs += [Pair(*pair, 32, 128) for pair in _GROWTH_CIFAR]
+    command = shlex.join(['python', '-m', 'train.benchmark', *argv])
+    report: Dict[str, Any] = dict(command=command, setup=describe(args, device), results=[])
+    try:
+        for pair in pairs:  # what is wrong with the last need not wait for the others
+            create_pair(pair, args.model_kwargs)
+        for pair in pairs:
+            result = measure(pair, args, device)
+            result['ratios'] = compare(result['variants'])
+            report['results'].append(result)
+            gc.collect()
+            if args.compile:
+                torch.compiler.reset()
+            if args.json:
+                write(json.dumps(report, indent=1), args.json)
+            if args.md:
+                write(format_report(report), args.md)
+    except (OSError, ValueError, torch.OutOfMemoryError) as e:
+        sys.exit(f'python -m train.benchmark: error: {" ".join(str(e).split())}')
+    print(format_report(report), end='')
 
 
 if __name__ == '__main__':
-    setup_default_logging()
     main()

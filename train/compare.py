@@ -4,7 +4,6 @@ Every run is one of `python -m train`, in a folder of its own. Stopped and start
 comparison goes on where it was.
 """
 import argparse
-import copy
 import logging
 import re
 import statistics
@@ -12,17 +11,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional
 
 import timm
-import torch
 import yaml
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from timm.utils import setup_default_logging
-from torch.utils.flop_counter import FlopCounterMode
 
+from .benchmark import count_multiply_adds
 from .checkpoints import is_finished, open_folder
 from .engine import Stop
 from .files import read_csv, replace, write_csv
@@ -85,14 +83,6 @@ def run(command: List[str], stop: Stop) -> None:
                 forwarded = True
     if process.returncode:
         sys.exit(process.returncode)
-
-
-def count_multiply_adds(model: torch.nn.Module, input_size: Sequence[int]) -> int:
-    """Multiply-adds of convolutions and matrix products for one input of the given size, `[C, H, W]`."""
-    model = copy.deepcopy(model).eval().requires_grad_(False)  # the counter's hooks fail on parameters as outputs
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.zeros(1, *input_size))
-    return counter.get_total_flops() // 2
 
 
 def summarize(name: str, folders: List[Path]) -> Dict[str, Any]:

@@ -1,0 +1,174 @@
+"""`python -m train.benchmark`."""
+import json
+import re
+import statistics
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+
+from train import benchmark
+from train.benchmark import Pair, TrainingStep, count_multiply_adds, peak_memory, prepare_for_inference
+
+TIMES = ('image_seconds', 'batch_seconds', 'step_seconds')
+CPU = torch.device('cpu')
+
+
+def test_report(tmp_path, monkeypatch, capsys):
+    """A model of a baseline, and the baseline of itself."""
+    monkeypatch.setattr(benchmark, '_SAMPLE_SECONDS', 0.)
+    files = tmp_path / 'report.json', tmp_path / 'report.md'
+    arguments = ['--models', 'test_dresnet', 'test_resnet', '--baseline', 'test_resnet', '--img-size', '32', '-b', '2',
+                 '--rounds', '3', '--device', 'cpu', '--threads', str(torch.get_num_threads()), '--json',
+                 str(files[0]), '--md', str(files[1])]
+    benchmark.main(arguments)
+    text = capsys.readouterr().out
+    assert text == files[1].read_text(encoding='utf-8') and set(tmp_path.iterdir()) == set(files)
+    report = json.loads(files[0].read_text())
+    assert report['command'] == 'python -m train.benchmark ' + ' '.join(arguments) and report['command'] in text
+    for key in ('CPU', 'threads', 'torch', 'timm', 'dtype', 'layout', 'compiler', 'image size', 'batch size', 'rounds'):
+        assert f'{key}: {report["setup"][key]}' in text
+    assert report['setup']['threads'] == torch.get_num_threads() and report['setup']['rounds'] == 3
+
+    heads, _, *lines = (re.split(r' *\| *', line)[1:-1] for line in text.splitlines() if line.startswith('|'))
+    assert heads == ['model', 'of', 'input', 'parameters', 'multiply-adds', 'one image', 'batch', 'training step',
+                     'peak memory']
+    folded = 'test_resnet, norms folded'
+    assert [line[:3] for line in lines] == [[*names, '2x3x32x32'] for names in (
+        ('test_resnet', ''), (folded, ''),
+        ('test_dresnet', 'test_resnet'), ('test_dresnet, fused', 'test_resnet'), ('test_dresnet, fused', folded),
+        ('test_resnet', ''), (folded, ''),
+        ('test_resnet', 'test_resnet'), (folded, 'test_resnet'), (folded, folded),
+    )]
+
+    ratios = []
+    for result, name in zip(report['results'], ('test_dresnet', 'test_resnet')):
+        variants = result['variants']
+        assert set(variants) == {'model', 'prepared_model', 'baseline', 'prepared_baseline'}
+        assert variants['model']['parameters'] == sum(p.numel() for p in timm.create_model(name).parameters())
+        for key, variant in variants.items():
+            trained = not key.startswith('prepared')
+            assert ('step_seconds' in variant) == ('peak_memory' in variant) == trained
+            assert all(len(variant[key]) == 3 and min(variant[key]) > 0 for key in TIMES if key in variant)
+        of = {variant['name']: variant for variant in (variants['prepared_baseline'], variants['baseline'])}
+        for key, row in zip(('model', 'prepared_model', 'prepared_model'), result['ratios']):
+            ratios.append(row)
+            baseline = of[row['baseline']]
+            for column in ('parameters', 'multiply_adds'):
+                assert row[column] == variants[key][column] / baseline[column]
+            for column in TIMES[:3 if key == 'model' else 2]:
+                each = [a / b for a, b in zip(variants[key][column], baseline[column])]
+                assert row[column] == pytest.approx(statistics.quantiles(each, method='inclusive'))
+        assert result['ratios'][0]['peak_memory'] == (
+            variants['model']['peak_memory'] / variants['baseline']['peak_memory'])
+    itself = ratios[3]
+    assert itself['parameters'] == itself['multiply_adds'] == itself['peak_memory'] == 1
+
+    for row, line in zip(ratios, (line for line in lines if line[1])):
+        assert line[3:5] == [f'{row["parameters"]:.3f}', f'{row["multiply_adds"]:.3f}']
+        for column, cell in zip(TIMES, line[5:8]):
+            low, median, high = row.get(column, (None, None, None))
+            assert cell == (f'{median:.2f} ({low:.2f} to {high:.2f})' if median else '')
+        assert line[8] == (f'{row["peak_memory"]:.3f}' if 'peak_memory' in row else '')
+    baseline = report['results'][0]['variants']['baseline']
+    image, batch, step = (statistics.median(baseline[column]) for column in TIMES)
+    assert lines[0][3:] == [
+        f'{baseline["parameters"]:,}', f'{baseline["multiply_adds"] / 1e6:.1f} M', f'{1e3 * image:.1f} ms',
+        f'{2 / batch:.1f} images/s', f'{1e3 * step:.1f} ms', f'{baseline["peak_memory"] / 1e6:.1f} MB']
+
+
+def test_pairs(monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr(benchmark, 'create_pair', lambda *args: None)
+    monkeypatch.setattr(
+        benchmark, 'measure', lambda pair, *args: measured.append(pair) or dict(input=[0], variants=dict(baseline={
+            'name': pair.baseline})))
+    benchmark.main([])
+    assert measured == [Pair('dresnet18', 'resnet18', 224, 8), Pair('adaresnet50', 'resnet50', 224, 8),
+                        Pair('dresnet50', 'resnet50', 224, 8)]
+    del measured[:]
+    benchmark.main(['--growth', '--img-size', '64', '--batch-size', '4'])
+    assert measured == [Pair(f'dresnet{depth}', f'resnet{depth}', 64, 4) for depth in (18, 34, 50, 101)] + [
+        Pair(f'dresnet{depth}_cifar', f'resnet{depth}_cifar', 32, 128) for depth in (20, 56)]
+    assert all(timm.is_model(name) for pair in measured for name in pair[:2])
+    assert 'resnet56_cifar' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name,what', [
+    ('test_dresnet', 'fused'),
+    ('test_adaresnet', 'fused'),
+    ('test_resnet', 'norms folded'),
+    ('test_vit', None),
+])
+def test_prepare_for_inference(name, what):
+    model = timm.create_model(name).eval()
+    size = model.pretrained_cfg['input_size']
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+    prepared = prepare_for_inference(model)
+    if what is None:
+        assert prepared is None
+        return
+    assert prepared[0] == what
+    x = torch.randn(2, *size)
+    with torch.inference_mode():
+        torch.testing.assert_close(prepared[1](x), model(x), rtol=1e-4, atol=1e-4)
+    norms, norms_before = (
+        {key for key, module in m.named_modules() if isinstance(module, nn.BatchNorm2d)} for m in (prepared[1], model))
+    assert not any(key.startswith('layer') for key in norms) and len(norms_before) > len(norms)
+
+
+def test_peak_memory_of_tensors():
+    def run():
+        a = torch.empty(1000)
+        b = torch.empty(500)
+        del a
+        return b, torch.empty(200)
+
+    assert peak_memory(run, CPU) == 6000
+    assert peak_memory(lambda: None, CPU) == 0
+
+
+def test_peak_memory_of_a_training_step():
+    """The gradient of the weight is the last and largest tensor, made from that of the logits."""
+    model = nn.Linear(64, 32, bias=False)
+    step = TrainingStep(model, torch.randn(16, 64), partial(torch.autocast, 'cpu', enabled=False))
+    weight, images, targets, logits = 4 * 64 * 32, 4 * 16 * 64, 8 * 16, 4 * 16 * 32
+    before = model.weight.detach().clone()
+    peak = weight + weight + images + targets + logits + weight  # of the weights: itself, momentum, gradient
+    assert 0 <= step.peak_memory() - peak <= 16  # some scalars of the loss
+    assert step.peak_memory() == step.peak_memory()
+    assert model.weight.grad is None and torch.equal(model.weight, before)
+
+
+def test_multiply_adds():
+    assert count_multiply_adds(nn.Conv2d(3, 8, 3, padding=1), (3, 4, 4)) == 16 * 8 * 27
+    linear, sigmoid = (timm.create_model('test_dresnet', gate=gate) for gate in ('linear', 'sigmoid'))
+    assert count_multiply_adds(linear, (3, 32, 32)) == count_multiply_adds(sigmoid, (3, 32, 32)) > 1e6
+    assert linear.training and all(p.requires_grad for p in linear.parameters())
+
+
+@pytest.mark.parametrize('args,words', [
+    (['--models', 'test_dresnett', '--baseline', 'test_resnet'], ['test_dresnett', 'did you mean test_dresnet']),
+    (['--models', 'test_resnet', '--baseline', 'nothing'], ["'nothing'"]),
+    (['--models', 'test_dresnet', '--baseline', 'test_resnet', '--model-kwargs', 'gates=gauss'], ['gates', 'gauss']),
+    (['--models', 'test_dresnet', '--baseline', 'test_resnet', '--model-kwargs', 'gate=soft'], ["'soft'", 'sigmoid']),
+    (['--models', 'test_dresnet', '--baseline', 'test_resnet', '--model-kwargs', 'gauss'], ['KEY=VALUE']),
+    (['--models', 'test_dresnet'], ['--baseline']),
+    (['--models', 'test_dresnet', '--baseline', 'test_resnet', '--growth'], ['--growth']),
+    (['--models', 'test_vit', '--baseline', 'test_resnet', '--img-size', '8'], ['test_vit', '(3, 8, 8)']),
+    (['--rounds', '0'], ['--rounds']),
+    (['--cuda-graphs'], ['--cuda-graphs', 'cpu']),
+    (['--device', 'nothing'], ['--device nothing']),
+    (['--json', 'no/such/folder/report.json'], ['no/such/folder/report.json', 'folder']),
+])
+def test_errors(args, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        benchmark.main(['--device', 'cpu', *args])
+    message = error.value.code if isinstance(error.value.code, str) else capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith('python -m train.benchmark: error: ') and '\n' not in message
+    assert all(word in message for word in words), message
