@@ -33,21 +33,37 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _moments(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Mean, `[C]`, and covariance, `[C, C]`, of the channels of `[B, C, H, W]`."""
-    rows = _rows(x)
-    mean = rows.mean(0)
-    # the covariance is used in symmetric forms alone, so its gradient is twice what comes through one factor
-    second = rows.t() @ rows.detach() / len(rows)
-    return mean, 2 * second - second.detach() - mean[:, None] * mean
+@torch.fx.wrap
+def _moments(x: torch.Tensor, kernel: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance, `[C]`, of what a 1x1 convolution puts out.
+
+    Args:
+        x: What it takes in, `[B, C_in, H, W]`.
+        kernel: `[C, C_in, 1, 1]`
+    """
+    # autocast would take them in low precision
+    autocast = torch.amp.is_autocast_available(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rows, kernel = _rows(x).to(dtype), kernel.flatten(1).to(dtype)
+        mean = rows.mean(0)
+        # the covariance is used in a symmetric form alone, so its gradient is twice what comes through one factor
+        second = rows.t() @ rows.detach() / len(rows)
+        cov = 2 * second - second.detach() - mean[:, None] * mean
+        return kernel @ mean, ((kernel @ cov) * kernel).sum(1).clamp(min=0)
+
+
+def _has_rows(x: torch.Tensor) -> bool:
+    """Whether `_rows` is a view, of rows that may lie apart."""
+    batch, _, height, width = x.stride()
+    return x.stride(1) == 1 and height == width * x.shape[3] and (batch == height * x.shape[2] or x.shape[0] == 1)
 
 
 def _adds_in_place(y: torch.Tensor, sources: Sequence[torch.Tensor]) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False  # for these, one convolution says it best
     fast = y.dtype != torch.float32 or y.device.type == 'cpu' or torch.get_float32_matmul_precision() != 'highest'
-    return fast and all(
-        x.dtype == y.dtype and x.is_contiguous(memory_format=torch.channels_last) for x in (y, *sources))
+    return fast and all(x.dtype == y.dtype and _has_rows(x) for x in (y, *sources))
 
 
 @torch.fx.wrap
@@ -123,7 +139,7 @@ class Projection(nn.Module):
     @property
     def folds(self) -> bool:
         """Whether the norm folds into the convolution now."""
-        if not self.training:
+        if not self.norm.training:  # which may have been put into eval mode by itself
             return self.has_batch_norm
         # where the covariance of the input costs less than the norm of the output
         local, worthwhile = type(self.norm) is nn.BatchNorm2d, self.conv.in_channels <= self.conv.out_channels
@@ -140,15 +156,9 @@ class Projection(nn.Module):
             Its kernel, `[num_targets * out_chs, in_chs, 1, 1]`, and its bias.
         """
         conv, norm = self.conv, self.norm
-        if self.training:
-            # autocast would take the statistics in low precision
-            autocast = torch.amp.is_autocast_available(x.device.type)
-            with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-                dtype = torch.promote_types(x.dtype, torch.float32)
-                weight = conv.weight.flatten(1).to(dtype)
-                in_mean, in_cov = _moments(x.to(dtype))
-                mean = weight @ in_mean
-                var = ((weight @ in_cov) * weight).sum(1).clamp(min=0)
+        if norm.training:
+            moments = _moments(x, conv.weight)
+            mean, var = moments[0], moments[1]  # fx cannot unpack
             with torch.no_grad():
                 count = x.numel() / x.shape[1]
                 norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
@@ -224,7 +234,7 @@ class Flow:
         block: Number of the block whose input is asked for, i.
         gates: Of the connections at this resolution, gate values for each source.
         kernels: Of the connections at this resolution, (target, source), kernel and bias of what is still to be done.
-        parts: For each target at this resolution, what has been done for it, `[B, C, H, W]` each.
+        pending: Targets still to come at this resolution, and the sums so far for them, `[B, T * C, H, W]`.
     """
 
     def __init__(self, stages: Sequence[StageFlow], grad_checkpointing: bool = False) -> None:
@@ -238,7 +248,7 @@ class Flow:
         self.block = 0
         self.gates: Dict[int, torch.Tensor] = {}
         self.kernels: Dict[Tuple[int, int], Tuple[torch.Tensor, torch.Tensor]] = {}
-        self.parts: Dict[int, List[torch.Tensor]] = {}
+        self.pending: Tuple[Tuple[int, ...], Optional[torch.Tensor]] = (), None
         self._ends = [sum(stage.depth for stage in stages[:s + 1]) for s in range(len(stages))]
         self._stage = -1
         self._wanted = {k for stage in stages if stage.connections is not None for k in stage.connections.targets}
@@ -271,11 +281,26 @@ class Flow:
         self._sources[k] = self._stage, y
         return y
 
-    def receive(self, targets: Sequence[int], x: torch.Tensor) -> None:
-        """Note parts of the inputs of targets, whose channels lie side by side."""
-        chunks = x.chunk(len(targets), dim=1)
-        for j, i in enumerate(targets):
-            self.parts.setdefault(i, []).append(chunks[j])
+    def receive(self, targets: Tuple[int, ...], x: torch.Tensor) -> None:
+        """Add to the sums for targets, whose channels lie side by side in `x`, which may be overwritten."""
+        known, total = self.pending
+        if total is None:
+            self.pending = targets, x
+        elif targets == known:
+            self.pending = targets, x.add_(total)
+        else:  # in a pruned network
+            sums = {known[j]: part for j, part in enumerate(total.chunk(len(known), dim=1))}
+            for j, part in enumerate(x.chunk(len(targets), dim=1)):
+                sums[targets[j]] = sums[targets[j]] + part if targets[j] in sums else part
+            self.pending = tuple(sorted(sums)), torch.cat([sums[i] for i in sorted(sums)], dim=1)
+
+    def take(self, i: int) -> torch.Tensor:
+        """The sum for target i, the first of those to come."""
+        targets, total = self.pending
+        chs = total.shape[1] // len(targets)
+        parts = total.split([chs, total.shape[1] - chs], dim=1)
+        self.pending = targets[1:], parts[1] if len(targets) > 1 else None
+        return parts[0]
 
 
 class StageConnections(nn.Module):
@@ -330,14 +355,13 @@ class StageConnections(nn.Module):
         i = flow.block
         x = y
         if i in self.sources:
-            parts = flow.parts.pop(i, None)
-            if parts is None:
+            if i not in flow.pending[0]:
                 x = _add_convs(y, [flow.source(k) for k in self.sources[i]], *self.kernels(i, flow))
             elif self.expansions:
                 expansion = self.expansions[str(i)]
-                x = _add_convs(y, [sum(parts[1:], parts[0])], [expansion.weight], expansion.bias)
+                x = _add_convs(y, [flow.take(i)], [expansion.weight], expansion.bias)
             else:
-                x = sum(parts, y)
+                x = y + flow.take(i)
         if i - 1 in self.targets:
             self.send(i - 1, flow)
         return x
@@ -486,7 +510,12 @@ class FusedConnections(StageConnections):
 
     def send(self, k: int, flow: Flow) -> None:
         if self.expansions:
-            flow.receive(self.targets[k], self.convs[str(k)](flow.source(k)))
+            source, conv = flow.source(k), self.convs[str(k)]
+            known, total = flow.pending
+            if known == self.targets[k] and not torch.is_grad_enabled() and _adds_in_place(source, [total]):
+                _rows(total).addmm_(_rows(source), conv.weight.flatten(1).t())
+            else:
+                flow.receive(self.targets[k], conv(source))
 
     def kernels(self, i: int, flow: Flow) -> Tuple[List[torch.Tensor], torch.Tensor]:
         conv = self.convs[str(i)]

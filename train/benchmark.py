@@ -59,7 +59,9 @@ class Pair(NamedTuple):
 
 def count_multiply_adds(model: nn.Module, input_size: Sequence[int]) -> int:
     """Multiply-adds of convolutions and matrix products for one input of the given size, `[C, H, W]`."""
-    model = copy.deepcopy(model).eval().requires_grad_(False)  # the counter's hooks fail on parameters as outputs
+    # the counter does not know products that are added in place, as in channels-last, and its hooks fail on parameters
+    # as outputs
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(torch.zeros(1, *input_size))
     return counter.get_total_flops() // 2

@@ -1,0 +1,168 @@
+"""Models fused for inference compute the same, as plain convolutions."""
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+from timm.utils import reparameterize_model
+
+from test_maths import randomize
+from test_models import DEEPEST, MODELS, assert_close
+
+LEARNED = [name for name in MODELS if 'dresnet' in name or 'adaresnet' in name]
+CHANNELS_LAST = dict(memory_format=torch.channels_last)
+
+
+def create(name, size=(65, 97), dtype=torch.float64, **kwargs):
+    """A model that has seen some images, so that numbers stay moderate in eval mode, and other images."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, dtype=dtype, **kwargs).train()
+    randomize(model)
+    x = torch.randn(4, 3, *size, dtype=dtype)
+    with torch.no_grad():
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.momentum = 1.
+        model(x)
+    return model.eval(), torch.randn(2, 3, *size, dtype=dtype)
+
+
+def assert_same(fused, model, x, tolerance):
+    with torch.no_grad():
+        output, expected = fused(x), model(x)
+    scale = expected.abs().max()
+    assert scale.isfinite() and scale > 0
+    torch.testing.assert_close(output / scale, expected / scale, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize('name,kwargs', [
+    *(pytest.param(name, {}, marks=[pytest.mark.slow] * (name in DEEPEST)) for name in LEARNED),
+    *((name, dict(gate=gate, connection_rank=rank))
+      for name in ('dresnet18', 'dresnet20_cifar', 'test_dresnet') for gate in ('sigmoid', 'gauss', 'linear')
+      for rank in (1, 5)),
+    ('dresnet50', dict(gate='linear')), ('dresnet18', dict(gate='linear')),
+    *(('adaresnet18', dict(skip_weight=kind)) for kind in ('per_kind', 'shared')),
+    ('dresnet18', dict(avg_down=True, output_stride=8)), ('adaresnet50', dict(avg_down=True, act_layer='silu')),
+    ('adaresnet18', dict(block_args=dict(attn_layer='se'))), ('dresnet18', dict(stem_type='deep', stem_width=32)),
+], ids=str)
+def test_same_function(name, kwargs):
+    model, x = create(name, **kwargs)
+    fused = reparameterize_model(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for stage in model.stage_names
+                   for module in getattr(fused, stage).modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in getattr(fused, 'connections', nn.Module()).modules())
+    assert_same(fused, model, x, 1e-10)
+    for layout in ({}, CHANNELS_LAST):
+        half, fused_half = model.float().to(**layout), fused.float().to(**layout)
+        assert_same(fused_half, half, x.float().to(**layout), 1e-4)
+
+
+@pytest.mark.parametrize('name', ['dresnet18', 'dresnet50', 'dresnet20_cifar', 'adaresnet50'])
+def test_channels_last(name):
+    model, x = create(name)
+    fused = reparameterize_model(model).to(**CHANNELS_LAST)
+    assert_same(lambda x: fused(x.to(**CHANNELS_LAST)), model, x, 1e-10)
+
+
+def test_one_convolution_for_each_target():
+    model = reparameterize_model(timm.create_model('dresnet18'))
+    convs = {i: conv for stage in model.connections.values() for i, conv in stage.convs.items()}
+    assert list(convs) == ['3', '4', '5', '6', '7', '8']
+    assert [conv.in_channels for conv in convs.values()] == [64, 128, 256, 384, 640, 896]
+    assert all(type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) for conv in convs.values())
+
+
+@pytest.mark.parametrize('name', ['dresnet18', 'adaresnet18'])
+def test_a_copy_or_in_place(name):
+    model, x = create(name)
+    before = copy.deepcopy(model.state_dict())
+    expected = model(x)
+    fused = reparameterize_model(model)
+    assert fused is not model and not model.fused and fused.fused
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model.train()
+    assert reparameterize_model(model, inplace=True) is model
+    torch.testing.assert_close(model.eval()(x), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('name,kwargs', [
+    ('dresnet18', {}), ('dresnet50', dict(gate='gauss')), ('adaresnet18', dict(skip_weight='shared')),
+    ('adaresnet50', {}), ('test_dresnet', dict(in_chans=1)),
+], ids=str)
+def test_saves_and_loads(name, kwargs, tmp_path):
+    model = reparameterize_model(timm.create_model(name, num_classes=5, **kwargs).eval())
+    x = torch.randn(2, kwargs.get('in_chans', 3), 64, 64)
+    expected = model(x)
+    save_for_hf(model, tmp_path)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert torch.equal(loaded(x), expected)
+    save_file(model.state_dict(), tmp_path / 'weights.safetensors')
+    loaded = timm.create_model(name, num_classes=5, inference_mode=True, **kwargs).eval()
+    loaded.load_state_dict(load_file(tmp_path / 'weights.safetensors'))
+    assert torch.equal(loaded(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+
+
+@pytest.mark.parametrize('name', ['dresnet18', 'dresnet50', 'adaresnet18'])
+def test_export_onnx_compile_and_trace(name, tmp_path):
+    import onnxruntime
+    model, x = create(name, dtype=torch.float32)
+    model = reparameterize_model(model)
+    with torch.no_grad():
+        expected = model(x)
+    program = torch.export.export(model, (x,))
+    assert_close(program.module()(x), expected)
+    path = tmp_path / 'model.onnx'
+    torch.onnx.export(program, dynamo=True, verbose=False).save(path)
+    session = onnxruntime.InferenceSession(path)
+    assert_close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), expected)
+    torch._dynamo.reset()
+    assert_close(torch.compile(model, fullgraph=True, backend='aot_eager')(x), expected)
+    assert_close(torch.jit.trace(model, x, check_trace=False)(x), expected)
+
+
+@pytest.mark.parametrize('name', ['dresnet18', 'dresnet50', 'adaresnet18'])
+def test_training_is_refused(name):
+    model = reparameterize_model(timm.create_model(name))
+    model.eval()
+    with pytest.raises(RuntimeError, match='fused for inference'):
+        model.train()
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize('name', ['dresnet18', 'adaresnet50'])
+def test_features(name):
+    model, x = create(name, features_only=True)
+    for feature, expected in zip(reparameterize_model(model)(x), model(x)):
+        torch.testing.assert_close(feature, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('kwargs', [dict(norm_layer='groupnorm'), dict(norm_layer='frozenbatchnorm2d')], ids=str)
+@pytest.mark.parametrize('name', ['dresnet18', 'adaresnet18'])
+def test_other_norms_stay(name, kwargs):
+    model, x = create(name, **kwargs)
+    fused = reparameterize_model(model)
+    assert_same(fused, model, x, 1e-10)
+
+
+@pytest.mark.parametrize('name', ['dresnet18', 'dresnet50', 'adaresnet18'])
+def test_compiled_for_other_sizes_once(name):
+    """As often as timm's ResNet, whose second size makes batch and image size dynamic."""
+    from torch._dynamo.utils import counters
+
+    def graphs(model):
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(model, backend='eager', fullgraph=True)
+        with torch.no_grad():
+            for batch, size in ((2, 64), (3, 64), (4, 96), (5, 80), (6, 65)):
+                compiled(torch.randn(batch, 3, size, size))
+        return counters['stats']['unique_graphs']
+
+    model = timm.create_model(name).eval()
+    assert graphs(model) == graphs(reparameterize_model(model)) == graphs(timm.create_model('resnet18').eval())

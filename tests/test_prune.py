@@ -1,0 +1,183 @@
+"""Pruned connections are gone, and what is left computes what it did."""
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from timm.utils import reparameterize_model
+
+import naive
+import timm_dresnet
+from test_maths import create
+from timm_dresnet import prune_connections
+
+CUT = {'sigmoid': -1e4, 'gauss': 1e4, 'linear': 0.}  # weights for which the gate is 0
+
+
+def images(dtype=torch.float64, size=(65, 97)):
+    return torch.randn(4, 3, *size, generator=torch.Generator().manual_seed(2), dtype=dtype)
+
+
+def cut(model, gate, share=0.6):
+    """Set a random share of the gates to 0. Returns their blocks, (target, source)."""
+    generator = torch.Generator().manual_seed(5)
+    pairs = []
+    for stage in model.connections.values():
+        for i, sources in stage.sources.items():
+            for j, k in enumerate(sources):
+                if torch.rand((), generator=generator) < share:
+                    pairs.append((i, k))
+                    with torch.no_grad():
+                        stage.gates[str(i)].weight[j] = CUT[gate]
+    return pairs
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('name,kwargs', [
+    ('dresnet18', dict(gate='sigmoid')), ('dresnet18', dict(gate='gauss')), ('dresnet18', dict(gate='linear')),
+    ('dresnet18', dict(gate='gauss', connection_rank=5)), ('dresnet50', dict(gate='linear')),
+    ('dresnet34', dict(gate='sigmoid')), ('dresnet20_cifar', dict(gate='gauss')),
+    ('dresnet18', dict(gate='sigmoid', norm_layer='groupnorm')),
+    pytest.param('dresnet101', dict(gate='sigmoid'), marks=pytest.mark.slow),
+], ids=str)
+def test_same_function_as_with_gates_of_zero(name, kwargs, layout, training):
+    model = create(name, **kwargs).train(training).to(memory_format=layout)
+    pairs = cut(model, kwargs['gate'])
+    x = images().to(memory_format=layout)
+    output = model(x)
+    output.square().mean().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+
+    pruned = create(name, **kwargs).train(training).to(memory_format=layout)
+    pruned.load_state_dict(create(name, **kwargs).state_dict())
+    removed = cut(pruned, kwargs['gate']) and prune_connections(pruned, min_gate=1e-9)
+    assert [(record['target'], record['source']) for record in removed] == pairs
+    assert len(timm_dresnet.connections(pruned)) == len(timm_dresnet.connections(model)) - len(pairs) > 0
+    pruned_output = pruned(x)
+    torch.testing.assert_close(pruned_output, output, rtol=1e-9, atol=1e-9)
+    pruned_output.square().mean().backward()
+    for n, p in pruned.named_parameters():
+        assert p.grad is not None, n
+        if not n.startswith('connections.'):
+            scale = gradients[n].abs().max().clamp(min=1.)
+            torch.testing.assert_close(p.grad / scale, gradients[n] / scale, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('name,kwargs', [
+    ('dresnet18', {}), ('dresnet50', {}), ('dresnet18_gauss', dict(connection_rank=3)), ('test_dresnet', {}),
+], ids=str)
+def test_saves_loads_fuses_and_trains(name, kwargs, tmp_path):
+    model = timm.create_model(name, num_classes=5, **kwargs)
+    with torch.no_grad():
+        model(images(torch.float32))
+    prune_connections(model.eval(), share=0.5, images=images(torch.float32))
+    x = images(torch.float32)
+    expected = model(x)
+    save_for_hf(model, tmp_path)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert loaded.connection_pairs() == model.connection_pairs() and torch.equal(loaded(x), expected)
+    fused = reparameterize_model(loaded)
+    torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-4)
+    save_for_hf(fused, tmp_path / 'fused')
+    assert torch.equal(timm.create_model(f'local-dir:{tmp_path}/fused', pretrained=True).eval()(x), fused(x))
+    loaded.train()(x).square().mean().backward()
+    assert all(p.grad is not None for p in loaded.parameters())
+    kwargs = dict(kwargs, pruned_connections=model.pruned_connections)
+    features = timm.create_model(name, features_only=True, out_indices=(1, 2), **kwargs)(x)
+    assert len(features) == 2
+
+
+@pytest.mark.parametrize('name,base', [('dresnet18', 'resnet18'), ('dresnet50', 'resnet50')])
+def test_without_connections_it_is_its_resnet(name, base):
+    model = timm.create_model(name).eval()
+    removed = prune_connections(model, share=0.)
+    assert len(removed) == {'dresnet18': 21, 'dresnet50': 105}[name] and not model.connections
+    resnet = timm.create_model(base).eval()
+    resnet.load_state_dict(model.state_dict())
+    x = images(torch.float32)
+    assert torch.equal(model(x), resnet(x))
+    again = timm.create_model(name, pruned_connections=model.pruned_connections, device='meta')
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in resnet.parameters())
+
+
+@pytest.mark.parametrize('name,kwargs', [('test_dresnet', {}), ('dresnet18', {}), ('test_dresnet', dict(
+    connection_rank=5))], ids=str)
+def test_effects(name, kwargs):
+    """Against norms of the naive network's connections and block inputs."""
+    model = create(name, **kwargs).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.
+    x = images(size=(33, 40))
+    model(x)
+    training = model.training
+    effects = {(r['target'], r['source']): r['effect'] for r in timm_dresnet.connections(model, x)}
+    assert model.training == training and set(effects) == set(model.connection_pairs())
+
+    model.eval()
+    inputs, outputs = {}, {}
+    names = [f'{stage}.{j}' for stage in model.stage_names for j in range(len(getattr(model, stage)))]
+    for i, block in enumerate(names, start=1):
+        model.get_submodule(block).register_forward_hook(
+            lambda module, args, output, i=i: (inputs.update({i: args[0]}), outputs.update({i: output})))
+    model(x)
+    for (i, k), effect in effects.items():
+        term = naive.connection(model, 'sigmoid', names, i, k, outputs[k], [])
+        expansions = model.connections[names[i - 2].split('.')[0]].expansions
+        if expansions:
+            term = torch.nn.functional.conv2d(term, expansions[str(i)].weight)
+        assert effect == pytest.approx((term.square().sum() / inputs[i].square().sum()).sqrt().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize('limits,strength', [
+    (dict(min_gate=0.5), 'gate'), (dict(min_effect=0.2), 'effect'), (dict(share=0.3), 'gate'),
+    (dict(share=0.3), 'effect'), (dict(share=1.), 'gate'), (dict(min_gate=0.), 'gate'),
+], ids=str)
+def test_what_is_removed(limits, strength):
+    model = create('dresnet18', gate='linear')
+    with torch.no_grad():
+        for stage in model.connections.values():
+            for gate in stage.gates.values():
+                gate.weight.copy_(torch.rand(gate.weight.shape) * 2 - 1)
+    x = images()
+    records = timm_dresnet.connections(model, x)
+    arguments = dict(images=x) if strength == 'effect' else {}
+    removed = prune_connections(model, **limits, **arguments)
+    left = timm_dresnet.connections(model, x)
+    pairs = [[(r['target'], r['source']) for r in part] for part in (removed, left)]
+    assert sorted(pairs[0] + pairs[1]) == [(r['target'], r['source']) for r in records]
+    assert model.pruned_connections == pairs[0] == sorted(pairs[0])
+    values = {(r['target'], r['source']): abs(r[strength]) for r in records}
+    if 'share' in limits:
+        assert len(left) == round(limits['share'] * 21)
+        assert not removed or max(values[p] for p in pairs[0]) <= min(values[p] for p in pairs[1])
+    else:
+        limit, = limits.values()
+        assert all(values[p] < limit for p in pairs[0]) and all(values[p] >= limit for p in pairs[1])
+
+
+def test_frozen_gates_stay_frozen():
+    model = timm.create_model('test_dresnet').requires_grad_(False)
+    prune_connections(model, share=0.5)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize('arguments,words', [
+    (dict(), ['min_gate', 'min_effect', 'share']),
+    (dict(min_gate=0.1, share=0.5), ['one of']),
+    (dict(min_effect=0.1), ['images']),
+    (dict(share=1.5), ['between 0 and 1', '1.5']),
+])
+def test_errors(arguments, words):
+    with pytest.raises(ValueError) as error:
+        prune_connections(timm.create_model('test_dresnet'), **arguments)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_errors_of_models():
+    with pytest.raises(ValueError, match='AdaResNet'):
+        prune_connections(timm.create_model('test_adaresnet'), min_gate=0.1)
+    with pytest.raises(ValueError, match='fused'):
+        prune_connections(reparameterize_model(timm.create_model('test_dresnet')), min_gate=0.1)
+    with pytest.raises(ValueError, match='into block 3 from block 2'):
+        timm.create_model('dresnet18', pruned_connections=[(3, 2)])
