@@ -56,9 +56,13 @@ def test_same_function(name, kwargs):
                    for module in getattr(fused, stage).modules())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in getattr(fused, 'connections', nn.Module()).modules())
     assert_same(fused, model, x, 1e-10)
+    with torch.no_grad():
+        expected = model(x)
+        model, fused, x = model.float(), fused.float(), x.float()
+        # networks that amplify rounding errors do so in either form
+        tolerance = max(1e-4, 4 * ((model(x) - expected).abs().max() / expected.abs().max()).item())
     for layout in ({}, CHANNELS_LAST):
-        half, fused_half = model.float().to(**layout), fused.float().to(**layout)
-        assert_same(fused_half, half, x.float().to(**layout), 1e-4)
+        assert_same(fused.to(**layout), model.to(**layout), x.to(**layout), tolerance)
 
 
 @pytest.mark.parametrize('name', ['dresnet18', 'dresnet50', 'dresnet20_cifar', 'adaresnet50'])
@@ -142,12 +146,13 @@ def test_features(name):
         torch.testing.assert_close(feature, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize('kwargs', [dict(norm_layer='groupnorm'), dict(norm_layer='frozenbatchnorm2d')], ids=str)
+@pytest.mark.parametrize('norm', ['groupnorm', 'frozen'])
 @pytest.mark.parametrize('name', ['dresnet18', 'adaresnet18'])
-def test_other_norms_stay(name, kwargs):
-    model, x = create(name, **kwargs)
-    fused = reparameterize_model(model)
-    assert_same(fused, model, x, 1e-10)
+def test_other_norms_stay(name, norm):
+    model, x = create(name, **(dict(norm_layer=norm) if norm == 'groupnorm' else {}))
+    if norm == 'frozen':
+        timm.utils.freeze(model)
+    assert_same(reparameterize_model(model), model, x, 1e-10)
 
 
 @pytest.mark.parametrize('name', ['dresnet18', 'dresnet50', 'adaresnet18'])

@@ -39,12 +39,12 @@ def assert_same_gradients(model, reference, output, expected):
             grad / scale, expected_grad / scale, rtol=1e-9, atol=1e-9, msg=lambda m: f'{name}: {m}')
 
 
-def check_dresnet(arch, gate, size, training, batch=2, **kwargs):
+def check_dresnet(arch, gate, size, training, batch=2, layout=torch.contiguous_format, **kwargs):
     model = create(arch, gate=gate, **kwargs).train(training)
     reference = copy.deepcopy(model)
     x = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     torch.manual_seed(3)  # for stochastic depth
-    output = model(x)
+    output = model.to(memory_format=layout)(x.to(memory_format=layout))
     torch.manual_seed(3)
     expected, stats = naive.dresnet(reference, gate, x)
     assert_same_gradients(model, reference, output, expected)
@@ -72,6 +72,30 @@ def test_dresnet(arch, gate, size, training):
 @pytest.mark.parametrize('arch', ['dresnet18', 'dresnet50'])
 def test_dresnet_with_arguments(arch, kwargs, training):
     check_dresnet(arch, 'sigmoid', (65, 97), training, **kwargs)
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('arch,kwargs', [
+    ('dresnet18', {}), ('dresnet18', dict(connection_rank=5)), ('dresnet50', {}), ('dresnet20_cifar', {}),
+    ('dresnet34', dict(drop_path_rate=0.3)), ('dresnet18', dict(output_stride=8)),
+], ids=str)
+@pytest.mark.parametrize('size', [(64, 96), (65, 97)], ids=str)
+def test_dresnet_in_channels_last(arch, kwargs, size, training):
+    """Which computes in another way, and for even sizes in one more."""
+    check_dresnet(arch, 'gauss', size, training, layout=torch.channels_last, **kwargs)
+
+
+def test_batch_norms_put_into_eval_mode():
+    """As is done in fine-tuning: statistics stay, and those that were learned count."""
+    model = create('test_dresnet').train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    output = model(x)
+    assert all(torch.equal(buffer, statistics[name]) for name, buffer in model.named_buffers())
+    torch.testing.assert_close(output, model.eval()(x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize('arch', ['dresnet20_cifar', 'dresnet18_cifar', 'test_dresnet'])
@@ -115,12 +139,37 @@ def test_frozen_batch_norm_keeps_the_gate():
 
 @pytest.mark.parametrize('kwargs', [{}, dict(skip_weight='per_kind'), dict(skip_weight='shared')], ids=str)
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize('arch', ['adaresnet18', 'adaresnet50', 'adaresnet20_cifar'])
-def test_adaresnet(arch, kwargs, training):
+def test_adaresnet(arch, layout, kwargs, training):
     model = create(arch, **kwargs).train(training)
     reference = copy.deepcopy(model)
     x = torch.randn(4, 3, 33, 47, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    assert_same_gradients(model, reference, model(x), naive.adaresnet(reference, x))
+    output = model.to(memory_format=layout)(x.to(memory_format=layout))
+    assert_same_gradients(model, reference, output, naive.adaresnet(reference, x))
+
+
+@pytest.mark.parametrize('arch,base,limit', [
+    ('dresnet18', 'resnet18', 1.2), ('dresnet34', 'resnet34', 1.25), ('dresnet50', 'resnet50', 1.4),
+    ('dresnet56_cifar', 'resnet56_cifar', 1.35), ('adaresnet50', 'resnet50', 1.1),
+])
+def test_memory_kept_for_the_backward_pass(arch, base, limit):
+    """For each image, as much as for the blocks: nothing for pairs of them, of which 56 layers have 325."""
+    def kept(name, batch):
+        model = timm.create_model(name).to(memory_format=torch.channels_last)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        tensors = []
+
+        def note(tensor):
+            tensors.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model(torch.randn(batch, 3, 64, 64).to(memory_format=torch.channels_last))
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(size for pointer, size in storages.items() if pointer not in own)
+
+    assert (kept(arch, 4) - kept(arch, 2)) / (kept(base, 4) - kept(base, 2)) < limit
 
 
 @pytest.mark.parametrize('kind,count', [('per_block', 8), ('per_kind', 2), ('shared', 1)])

@@ -118,8 +118,9 @@ def test_effects(name, kwargs):
     inputs, outputs = {}, {}
     names = [f'{stage}.{j}' for stage in model.stage_names for j in range(len(getattr(model, stage)))]
     for i, block in enumerate(names, start=1):
-        model.get_submodule(block).register_forward_hook(
-            lambda module, args, output, i=i: (inputs.update({i: args[0]}), outputs.update({i: output})))
+        def note(module, args, output, i=i):
+            inputs[i], outputs[i] = args[0], output
+        model.get_submodule(block).register_forward_hook(note)
     model(x)
     for (i, k), effect in effects.items():
         term = naive.connection(model, 'sigmoid', names, i, k, outputs[k], [])

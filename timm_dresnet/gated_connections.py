@@ -59,11 +59,13 @@ def _has_rows(x: torch.Tensor) -> bool:
     return x.stride(1) == 1 and height == width * x.shape[3] and (batch == height * x.shape[2] or x.shape[0] == 1)
 
 
-def _adds_in_place(y: torch.Tensor, sources: Sequence[torch.Tensor]) -> bool:
+def _in_place(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether sums are best taken where tensors lie: not for compilers, which see to that themselves."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False  # for these, one convolution says it best
-    fast = y.dtype != torch.float32 or y.device.type == 'cpu' or torch.get_float32_matmul_precision() != 'highest'
-    return fast and all(x.dtype == y.dtype and _has_rows(x) for x in (y, *sources))
+        return False
+    x = tensors[0]
+    fast = x.dtype != torch.float32 or x.device.type == 'cpu' or torch.get_float32_matmul_precision() != 'highest'
+    return fast and all(tensor.dtype == x.dtype and _has_rows(tensor) for tensor in tensors)
 
 
 @torch.fx.wrap
@@ -81,7 +83,7 @@ def _add_convs(
         kernels: Theirs, `[C, C_k, 1, 1]` each.
         bias: Of all together.
     """
-    if not _adds_in_place(y, sources):
+    if not _in_place([y, *sources]):
         source = sources[0] if len(sources) == 1 else torch.cat(sources, dim=1)
         kernel = kernels[0] if len(kernels) == 1 else torch.cat(kernels, dim=1)
         return y + F.conv2d(source, kernel, bias)
@@ -220,6 +222,31 @@ class Projection(nn.Module):
         self.targets = tuple(targets)
 
 
+class _Pool(torch.autograd.Function):
+    """`_pool` for even sizes, the gradients of both outputs summed in one pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x), F.avg_pool2d(x, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, pooled_grad):
+        batch, chs, height, width = pooled_grad.shape
+        rows = grad.permute(0, 2, 3, 1).contiguous().view(batch, height, 2, width, 2, chs)
+        squares = (pooled_grad / 4).permute(0, 2, 3, 1)[:, :, None, :, None]
+        return (rows + squares.to(grad.dtype)).view(batch, 2 * height, 2 * width, chs).permute(0, 3, 1, 2)
+
+
+@torch.fx.wrap
+def _pool(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """A source, to go on with, and the same at half its resolution."""
+    if torch.is_grad_enabled() and _in_place([x]) and x.shape[2] % 2 == x.shape[3] % 2 == 0:
+        return _Pool.apply(x)
+    # matches a stride-2 convolution at every size, odd ones too
+    return x, F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+
+
 class StageFlow(NamedTuple):
     """What a `Flow` knows of a stage: number of blocks, whether it halves the resolution, connections to its shape."""
     depth: int
@@ -251,8 +278,9 @@ class Flow:
         self.pending: Tuple[Tuple[int, ...], Optional[torch.Tensor]] = (), None
         self._ends = [sum(stage.depth for stage in stages[:s + 1]) for s in range(len(stages))]
         self._stage = -1
-        self._wanted = {k for stage in stages if stage.connections is not None for k in stage.connections.targets}
-        self._sources: Dict[int, Tuple[int, torch.Tensor]] = {}  # the stage to whose resolution each is pooled
+        self._last = {
+            k: s for s, stage in enumerate(stages) if stage.connections is not None for k in stage.connections.targets}
+        self._sources: Dict[Tuple[int, int], torch.Tensor] = {}  # by number and stage
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:
         """`x_i` from `y_{i-1}`, both `[B, C, H, W]`. `y_0` is the stem's output."""
@@ -263,23 +291,28 @@ class Flow:
         entered = self._stage < 0 or k > self._ends[self._stage]
         self._stage += entered
         connections = self.stages[self._stage].connections
-        if k in self._wanted:
-            self._sources[k] = self._stage, y
+        if k in self._last:
+            y = self._keep(k, y, self._stage)
         if connections is None:
             return y
         if entered:
             connections.enter(self)
         return connections(y, self)
 
+    def _keep(self, k: int, y: torch.Tensor, stage: int) -> torch.Tensor:
+        """Note a source at the resolution of `stage` and, pooled, of those after it that want it."""
+        below = next((s for s in range(stage + 1, self._last[k] + 1) if self.stages[s].downsample), None)
+        if below is not None:
+            pooled = _pool(y)
+            y = pooled[0]
+            self._keep(k, pooled[1], below)
+        for s in range(stage, below or len(self.stages)):
+            self._sources[k, s] = y
+        return y
+
     def source(self, k: int) -> torch.Tensor:
         """Output of block k, pooled to the resolution at hand."""
-        stage, y = self._sources[k]
-        for s in range(stage + 1, self._stage + 1):
-            if self.stages[s].downsample:
-                # matches a stride-2 convolution at every size, odd ones too
-                y = F.avg_pool2d(y, 2, ceil_mode=True, count_include_pad=False)
-        self._sources[k] = self._stage, y
-        return y
+        return self._sources[k, self._stage]
 
     def receive(self, targets: Tuple[int, ...], x: torch.Tensor) -> None:
         """Add to the sums for targets, whose channels lie side by side in `x`, which may be overwritten."""
@@ -512,7 +545,7 @@ class FusedConnections(StageConnections):
         if self.expansions:
             source, conv = flow.source(k), self.convs[str(k)]
             known, total = flow.pending
-            if known == self.targets[k] and not torch.is_grad_enabled() and _adds_in_place(source, [total]):
+            if known == self.targets[k] and not torch.is_grad_enabled() and _in_place([source, total]):
                 _rows(total).addmm_(_rows(source), conv.weight.flatten(1).t())
             else:
                 flow.receive(self.targets[k], conv(source))
