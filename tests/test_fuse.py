@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
 from test_maths import randomize
-from test_models import DEEPEST, MODELS, assert_close
+from test_models import MODELS, QUICK, assert_close
 
 LEARNED = [name for name in MODELS if 'dresnet' in name or 'adaresnet' in name]
 CHANNELS_LAST = dict(memory_format=torch.channels_last)
@@ -40,11 +40,10 @@ def assert_same(fused, model, x, tolerance):
 
 
 @pytest.mark.parametrize('name,kwargs', [
-    *(pytest.param(name, {}, marks=[pytest.mark.slow] * (name in DEEPEST)) for name in LEARNED),
-    *((name, dict(gate=gate, connection_rank=rank))
-      for name in ('dresnet18', 'dresnet20_cifar', 'test_dresnet') for gate in ('sigmoid', 'gauss', 'linear')
-      for rank in (1, 5)),
-    ('dresnet50', dict(gate='linear')), ('dresnet18', dict(gate='linear')),
+    *(pytest.param(name, {}, marks=[pytest.mark.slow] * (name not in QUICK)) for name in LEARNED),
+    *((name, dict(gate=gate, connection_rank=rank)) for name in ('dresnet20_cifar', 'test_dresnet')
+      for gate in ('sigmoid', 'gauss', 'linear') for rank in (1, 5)),
+    ('dresnet50', dict(gate='linear')), ('dresnet18', dict(gate='linear')), ('dresnet18', dict(connection_rank=5)),
     *(('adaresnet18', dict(skip_weight=kind)) for kind in ('per_kind', 'shared')),
     ('dresnet18', dict(avg_down=True, output_stride=8)), ('adaresnet50', dict(avg_down=True, act_layer='silu')),
     ('adaresnet18', dict(block_args=dict(attn_layer='se'))), ('dresnet18', dict(stem_type='deep', stem_width=32)),

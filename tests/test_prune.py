@@ -36,9 +36,8 @@ def cut(model, gate, share=0.6):
 @pytest.mark.parametrize('name,kwargs', [
     ('dresnet18', dict(gate='sigmoid')), ('dresnet18', dict(gate='gauss')), ('dresnet18', dict(gate='linear')),
     ('dresnet18', dict(gate='gauss', connection_rank=5)), ('dresnet50', dict(gate='linear')),
-    ('dresnet34', dict(gate='sigmoid')), ('dresnet20_cifar', dict(gate='gauss')),
-    ('dresnet18', dict(gate='sigmoid', norm_layer='groupnorm')),
-    pytest.param('dresnet101', dict(gate='sigmoid'), marks=pytest.mark.slow),
+    ('dresnet20_cifar', dict(gate='gauss')), ('dresnet18', dict(gate='sigmoid', norm_layer='groupnorm')),
+    *(pytest.param(f'dresnet{depth}', dict(gate='sigmoid'), marks=pytest.mark.slow) for depth in (34, 101)),
 ], ids=str)
 def test_same_function_as_with_gates_of_zero(name, kwargs, layout, training):
     model = create(name, **kwargs).train(training).to(memory_format=layout)

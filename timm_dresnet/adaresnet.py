@@ -12,7 +12,8 @@ import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.utils import reparameterize_model
 
-from .resnet import BasicBlock, Bottleneck, ResNet, _cfg, _cifar_cfg, fold_norms
+from .resnet import (
+    BasicBlock, Bottleneck, ResNet, _cfg, _cifar_cfg, fold_norms, is_batch_norm, scaled_batch_norm)
 
 __all__ = ['AdaResNet']  # the model registry adds each entry point to this
 
@@ -100,15 +101,21 @@ class AdaBlock:
 
     def add_shortcut(self, x: torch.Tensor) -> torch.Tensor:
         """`branch(x) + alpha * shortcut(x)`, `[B, C, H, W]`."""
+        if torch.jit.is_scripting():
+            return self.skip_weight(self.branch(x), x if self.downsample is None else self.downsample(x))
         if self.downsample is not None:
-            return self.skip_weight(self.branch(x), self.downsample(x))
-        if not torch.jit.is_scripting():
-            # a compiler fuses the plain sum by itself
-            eager = not (torch.jit.is_tracing() or torch.compiler.is_compiling())
-            if eager and torch.is_grad_enabled():
-                alpha = self.skip_weight.alpha.to(x.dtype)
-                x, shortcut = _Fork.apply(x, alpha)
-                return _Join.apply(self.branch(x), shortcut, alpha)
+            *layers, norm = self.downsample
+            if not is_batch_norm(norm):
+                return self.skip_weight(self.branch(x), self.downsample(x))
+            shortcut = x
+            for layer in layers:
+                shortcut = layer(shortcut)
+            return self.branch(x).add_(scaled_batch_norm(norm, shortcut, self.skip_weight.alpha))
+        if torch.is_grad_enabled() and not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+            # which a compiler does by itself
+            alpha = self.skip_weight.alpha.to(x.dtype)
+            x, shortcut = _Fork.apply(x, alpha)
+            return _Join.apply(self.branch(x), shortcut, alpha)
         return self.skip_weight(self.branch(x), x)
 
 

@@ -24,6 +24,7 @@ from timm.layers import LayerType
 from timm.models import checkpoint
 
 from .gates import create_gate
+from .resnet import is_batch_norm, scaled_batch_norm
 
 __all__ = ['Connections', 'Flow', 'FusedConnections', 'StageFlow']
 
@@ -132,20 +133,12 @@ class Projection(nn.Module):
             self.norm = SplitNorm(norm_layer(out_chs, **dd) for _ in targets)
 
     @property
-    def has_batch_norm(self) -> bool:
-        """Whether the norm is one that folds into the convolution with its running statistics."""
-        norm = self.norm
-        return (type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.affine and norm.track_running_stats
-                and norm.momentum is not None)
-
-    @property
     def folds(self) -> bool:
-        """Whether the norm folds into the convolution now."""
+        """Whether norm and gate fold into the convolution now."""
         if not self.norm.training:  # which may have been put into eval mode by itself
-            return self.has_batch_norm
-        # where the covariance of the input costs less than the norm of the output
-        local, worthwhile = type(self.norm) is nn.BatchNorm2d, self.conv.in_channels <= self.conv.out_channels
-        return self.has_batch_norm and local and worthwhile
+            return is_batch_norm(self.norm)
+        # in training, where the covariance of the input costs less than the norm of the output
+        return is_batch_norm(self.norm) and self.conv.in_channels <= self.conv.out_channels
 
     def folded(self, x: Optional[torch.Tensor], gate: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """The convolution that does all of this.
@@ -184,23 +177,11 @@ class Projection(nn.Module):
         """
         if self.folds:
             return F.conv2d(x, *self.folded(x, gate))
-        norm = self.norm
         x = self.conv(x)
         gate = gate.repeat_interleave(self.out_chs)
-        if type(norm) is not nn.BatchNorm2d or not self.has_batch_norm:
-            return norm(x) * gate[:, None, None].to(x.dtype)
-        # the steps of BatchNorm2d.forward, with the gate folded into the affine
-        norm.num_batches_tracked.add_(1)
-        return F.batch_norm(
-            x,
-            norm.running_mean,
-            norm.running_var,
-            norm.weight * gate,
-            norm.bias * gate,
-            True,
-            norm.momentum,
-            norm.eps,
-        )
+        if is_batch_norm(self.norm):
+            return scaled_batch_norm(self.norm, x, gate)
+        return self.norm(x) * gate[:, None, None].to(x.dtype)
 
     def keep(self, targets: Sequence[int]) -> None:
         """Remove the channels of all other targets."""
@@ -494,7 +475,7 @@ class Connections(StageConnections):
 
     def fuse(self) -> StageConnections:
         """The same as plain convolutions, for inference; itself if it has norms that do not fold."""
-        if not all(projection.has_batch_norm for projection in self.projections.values()):
+        if not all(is_batch_norm(projection.norm) for projection in self.projections.values()):
             return self
         return FusedConnections(self)
 

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model, resnet
@@ -35,6 +36,33 @@ def fold_norms(block: nn.Module) -> None:
             conv.weight, conv.bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
             setattr(module, norm_name, nn.Identity())
+
+
+def is_batch_norm(norm: nn.Module) -> bool:
+    """Whether a norm is a plain batch norm, which can be scaled and folded."""
+    return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
+
+
+def scaled_batch_norm(norm: nn.BatchNorm2d, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`scale * norm(x)`, by the steps of `BatchNorm2d.forward`, with the scale in its weight and bias.
+
+    Args:
+        norm: A batch norm for which `is_batch_norm` holds.
+        x: `[B, C, H, W]`
+        scale: `[C]` or a scalar.
+    """
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+    return F.batch_norm(
+        x,
+        norm.running_mean,
+        norm.running_var,
+        norm.weight * scale,
+        norm.bias * scale,
+        norm.training,
+        norm.momentum,
+        norm.eps,
+    )
 
 
 class BasicBlock(resnet.BasicBlock):
