@@ -141,8 +141,11 @@ def test_training_is_refused(name):
 @pytest.mark.parametrize('name', ['dresnet18', 'adaresnet50'])
 def test_features(name):
     model, x = create(name, features_only=True)
-    for feature, expected in zip(reparameterize_model(model)(x), model(x)):
+    fused = reparameterize_model(model)
+    for feature, expected in zip(fused(x), model(x)):
         torch.testing.assert_close(feature, expected, rtol=1e-9, atol=1e-9)
+    built = timm.create_model(name, features_only=True, inference_mode=True)
+    assert [tuple(p.shape) for p in built.parameters()] == [tuple(p.shape) for p in fused.parameters()]
 
 
 @pytest.mark.parametrize('norm', ['groupnorm', 'frozen'])

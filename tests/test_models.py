@@ -168,11 +168,13 @@ def test_dtype_and_autocast(name):
     for gate in gates:
         gate.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
     dtypes = set()
-    with torch.autocast('cpu', torch.bfloat16):
-        output = model(images())
-    assert output.dtype == torch.bfloat16 and dtypes <= {torch.float32}
-    output.float().square().mean().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        with torch.autocast('cpu', torch.bfloat16):
+            output = model.to(memory_format=layout)(images().to(memory_format=layout))
+        assert output.dtype == torch.bfloat16 and dtypes <= {torch.float32}
+        model.zero_grad()
+        output.float().square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @models()

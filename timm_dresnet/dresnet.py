@@ -133,6 +133,8 @@ class DResNet(ResNet):
         Raises:
             ValueError: If there is no such connection, or the network is fused.
         """
+        if not pairs:
+            return
         missing = set(pairs) - set(self.connection_pairs())
         if missing:
             raise ValueError(f'there is no connection into block {min(missing)[0]} from block {min(missing)[1]}.')

@@ -95,6 +95,15 @@ def _add_convs(
     return rows.unflatten(0, (y.shape[0], *y.shape[2:])).permute(0, 3, 1, 2)
 
 
+@torch.fx.wrap
+def _accumulate(total: torch.Tensor, source: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """Add a 1x1 convolution to `total`, which may be overwritten."""
+    if torch.is_grad_enabled() or not _in_place([source, total]):
+        return F.conv2d(source, kernel).add_(total)
+    _rows(total).addmm_(_rows(source), kernel.flatten(1).t())
+    return total
+
+
 class SplitNorm(nn.ModuleList):
     """A norm for each target, side by side, for norms that mix the channels they are given."""
 
@@ -241,6 +250,7 @@ class Flow:
     Attributes:
         block: Number of the block whose input is asked for, i.
         gates: Of the connections at this resolution, gate values for each source.
+        folds: Whether all that is left of the connections at this resolution are kernels.
         kernels: Of the connections at this resolution, (target, source), kernel and bias of what is still to be done.
         pending: Targets still to come at this resolution, and the sums so far for them, `[B, T * C, H, W]`.
     """
@@ -255,6 +265,7 @@ class Flow:
         self.grad_checkpointing = grad_checkpointing
         self.block = 0
         self.gates: Dict[int, torch.Tensor] = {}
+        self.folds = False
         self.kernels: Dict[Tuple[int, int], Tuple[torch.Tensor, torch.Tensor]] = {}
         self.pending: Tuple[Tuple[int, ...], Optional[torch.Tensor]] = (), None
         self._ends = [sum(stage.depth for stage in stages[:s + 1]) for s in range(len(stages))]
@@ -272,6 +283,8 @@ class Flow:
         entered = self._stage < 0 or k > self._ends[self._stage]
         self._stage += entered
         connections = self.stages[self._stage].connections
+        if entered:  # what is not pooled to this resolution is not needed any more
+            self._sources = {key: source for key, source in self._sources.items() if key[1] >= self._stage}
         if k in self._last:
             y = self._keep(k, y, self._stage)
         if connections is None:
@@ -350,11 +363,11 @@ class StageConnections(nn.Module):
                 self.send(k, flow)
 
     def send(self, k: int, flow: Flow) -> None:
-        """Do what is to be done once for a source."""
+        """Do what is done once for all targets of source k."""
         raise NotImplementedError
 
     def kernels(self, i: int, flow: Flow) -> Tuple[List[torch.Tensor], torch.Tensor]:
-        """Kernels for the sources of a target, and the bias of all, where sums are of the stage's channels."""
+        """Kernels for the sources of target i and the bias of their sum, if nothing has been summed for it yet."""
         raise NotImplementedError
 
     def forward(self, y: torch.Tensor, flow: Flow) -> torch.Tensor:
@@ -431,17 +444,17 @@ class Connections(StageConnections):
 
     @property
     def folds(self) -> bool:
-        """Whether all that is left of the connections, now, are kernels."""
+        """Whether norms and gates of all fold into kernels now, for sums of the stage's channels."""
         return not self.expansions and all(projection.folds for projection in self.projections.values())
 
     def enter(self, flow: Flow) -> None:
-        flow.gates = self.gate_values()
+        flow.gates, flow.folds = self.gate_values(), self.folds
         super().enter(flow)
 
     def send(self, k: int, flow: Flow) -> None:
         projection = self.projections[str(k)]
         targets, args = projection.targets, (flow.source(k), flow.gates[k])
-        if self.folds:
+        if flow.folds:
             kernels, biases = (tensor.chunk(len(targets)) for tensor in projection.folded(*args))
             for j, i in enumerate(targets):
                 flow.kernels[i, k] = kernels[j], biases[j]
@@ -526,8 +539,8 @@ class FusedConnections(StageConnections):
         if self.expansions:
             source, conv = flow.source(k), self.convs[str(k)]
             known, total = flow.pending
-            if known == self.targets[k] and not torch.is_grad_enabled() and _in_place([source, total]):
-                _rows(total).addmm_(_rows(source), conv.weight.flatten(1).t())
+            if known == self.targets[k]:
+                flow.pending = known, _accumulate(total, source, conv.weight)
             else:
                 flow.receive(self.targets[k], conv(source))
 
