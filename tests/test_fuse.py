@@ -111,7 +111,9 @@ def test_saves_and_loads(name, kwargs, tmp_path):
     assert torch.equal(copy.deepcopy(model)(x), expected)
 
 
-@pytest.mark.parametrize('name', ['dresnet18', 'dresnet50', 'adaresnet18'])
+@pytest.mark.parametrize('name', [
+    'dresnet18', pytest.param('dresnet50', marks=pytest.mark.slow), 'adaresnet18'])
+@pytest.mark.filterwarnings('ignore:`torch.jit:FutureWarning')
 def test_export_onnx_compile_and_trace(name, tmp_path):
     import onnxruntime
     model, x = create(name, dtype=torch.float32)
@@ -157,7 +159,8 @@ def test_other_norms_stay(name, norm):
     assert_same(reparameterize_model(model), model, x, 1e-10)
 
 
-@pytest.mark.parametrize('name', ['dresnet18', 'dresnet50', 'adaresnet18'])
+@pytest.mark.parametrize('name', [
+    'dresnet18', pytest.param('dresnet50', marks=pytest.mark.slow), pytest.param('adaresnet18', marks=pytest.mark.slow)])
 def test_compiled_for_other_sizes_once(name):
     """As often as timm's ResNet, whose second size makes batch and image size dynamic."""
     from torch._dynamo.utils import counters

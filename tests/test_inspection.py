@@ -38,8 +38,19 @@ def test_no_learned_connections():
         timm_dresnet.connections(timm.create_model('plainnet18', device='meta'))
 
 
-@pytest.mark.parametrize('arch', ['test_dresnet', 'dresnet50', 'adaresnet18'])
-def test_picture(arch, tmp_path):
-    timm_dresnet.plot_connections(timm.create_model(arch), tmp_path / 'connections.png')
+@pytest.mark.parametrize('arch', ['test_dresnet', 'test_adaresnet'])
+def test_fused(arch):
+    with pytest.raises(ValueError, match='fused'):
+        timm_dresnet.connections(timm.utils.reparameterize_model(timm.create_model(arch)))
+
+
+@pytest.mark.parametrize('arch,share', [
+    ('test_dresnet', None), ('dresnet50', None), ('adaresnet18', None), ('dresnet18', 0.5), ('dresnet18', 0.),
+])
+def test_picture(arch, share, tmp_path):
+    model = timm.create_model(arch)
+    if share is not None:
+        timm_dresnet.prune_connections(model, share=share)
+    timm_dresnet.plot_connections(model, tmp_path / 'connections.png')
     image = Image.open(tmp_path / 'connections.png').convert('RGB')
     assert min(image.size) > 300 and len(image.getcolors(1 << 24)) > 50

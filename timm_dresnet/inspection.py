@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from .adaresnet import AdaResNet
 from .dresnet import DResNet
-from .gated_connections import Connections, Flow, FusedConnections
+from .gated_connections import Connections, Flow
 
 __all__ = ['connections', 'plot_connections']
 
@@ -59,8 +59,12 @@ def connections(model: nn.Module, images: Optional[torch.Tensor] = None) -> List
         * AdaResNet: ``target``, ``target_name``, ``kind`` ('identity' or 'projection') and ``alpha``.
 
     Raises:
-        ValueError: If the model has no learned connections, or is a DResNet fused for inference.
+        ValueError: If the model has no learned connections, or is fused for inference.
     """
+    if not isinstance(model, (AdaResNet, DResNet)):
+        raise ValueError(f'connections are learned in a DResNet or an AdaResNet, got a {type(model).__name__}.')
+    if model.fused:
+        raise ValueError('a fused model has no gates or skip weights any more: look at the one that it was made from.')
     if isinstance(model, AdaResNet):
         return [
             dict(
@@ -72,10 +76,6 @@ def connections(model: nn.Module, images: Optional[torch.Tensor] = None) -> List
             for i, name in enumerate(_block_names(model), start=1)
             for block in [model.get_submodule(name)]
         ]
-    if not isinstance(model, DResNet):
-        raise ValueError(f'connections are learned in a DResNet or an AdaResNet, got a {type(model).__name__}.')
-    if any(isinstance(stage, FusedConnections) for stage in model.connections.values()):
-        raise ValueError('a fused DResNet has no gates any more: look at the network that it was made from.')
     names, effects = _block_names(model), {} if images is None else _effects(model, images)
     records = []
     for stage in model.connections.values():
@@ -100,7 +100,7 @@ def plot_connections(model: nn.Module, path: Union[str, Path]) -> None:
         path: Where to write the picture; the ending tells the format.
 
     Raises:
-        ValueError: If the model has no learned connections.
+        ValueError: If the model has no learned connections, or is fused for inference.
         ModuleNotFoundError: If matplotlib is not installed.
     """
     from matplotlib.figure import Figure  # not pyplot: no global state, no display

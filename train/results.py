@@ -22,8 +22,10 @@ from .files import read_csv, replace, write_epoch
 
 
 def has_connections(model: nn.Module) -> bool:
-    """Whether the model learns its connections."""
-    return isinstance(model, (timm_dresnet.DResNet, timm_dresnet.AdaResNet))
+    """Whether the model learns its connections, and has not lost all of them to pruning."""
+    if isinstance(model, timm_dresnet.DResNet):
+        return bool(model.connections)
+    return isinstance(model, timm_dresnet.AdaResNet)
 
 
 def plot_curves(summary: Path, path: Path) -> None:
