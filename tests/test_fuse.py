@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
 from test_maths import randomize
-from test_models import MODELS, QUICK, assert_close
+from test_models import MODELS, QUICK, assert_close, check_export_and_onnx
 
 LEARNED = [name for name in MODELS if 'dresnet' in name or 'adaresnet' in name]
 CHANNELS_LAST = dict(memory_format=torch.channels_last)
@@ -115,17 +115,11 @@ def test_saves_and_loads(name, kwargs, tmp_path):
     'dresnet18', pytest.param('dresnet50', marks=pytest.mark.slow), 'adaresnet18'])
 @pytest.mark.filterwarnings('ignore:`torch.jit:FutureWarning')
 def test_export_onnx_compile_and_trace(name, tmp_path):
-    import onnxruntime
     model, x = create(name, dtype=torch.float32)
     model = reparameterize_model(model)
+    check_export_and_onnx(model, x, tmp_path / 'model.onnx')
     with torch.no_grad():
         expected = model(x)
-    program = torch.export.export(model, (x,))
-    assert_close(program.module()(x), expected)
-    path = tmp_path / 'model.onnx'
-    torch.onnx.export(program, dynamo=True, verbose=False).save(path)
-    session = onnxruntime.InferenceSession(path)
-    assert_close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), expected)
     torch._dynamo.reset()
     assert_close(torch.compile(model, fullgraph=True, backend='aot_eager')(x), expected)
     assert_close(torch.jit.trace(model, x, check_trace=False)(x), expected)

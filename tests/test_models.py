@@ -208,18 +208,19 @@ def test_compile_with_inductor(name):
         assert_close(torch.compile(model, fullgraph=True)(images()), model(images()))
 
 
-@models(quick=QUICK)
-def test_export_and_onnx(name, tmp_path):
+def check_export_and_onnx(model, x, path):
     import onnxruntime
-    model = create(name).eval()
-    x = images()
     expected = model(x).detach()
     program = torch.export.export(model, (x,))
     assert_close(program.module()(x), expected)
-    path = tmp_path / 'model.onnx'
     torch.onnx.export(program, dynamo=True, verbose=False).save(path)
     session = onnxruntime.InferenceSession(path)
     assert_close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), expected)
+
+
+@models(quick=QUICK)
+def test_export_and_onnx(name, tmp_path):
+    check_export_and_onnx(create(name).eval(), images(), tmp_path / 'model.onnx')
 
 
 @models(quick=QUICK)
