@@ -188,6 +188,7 @@ class AdaResNet(ResNet):
                 block.skip_weight = skip_weights[group]
         if inference_mode:
             reparameterize_model(self, inplace=True)
+            self.eval()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:

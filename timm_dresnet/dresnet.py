@@ -118,6 +118,7 @@ class DResNet(ResNet):
         self.prune_connections([tuple(pair) for pair in pruned_connections])
         if inference_mode:
             reparameterize_model(self, inplace=True)
+            self.eval()
 
     def connection_pairs(self) -> List[Tuple[int, int]]:
         """Block numbers of all connections, (target, source)."""

@@ -22,7 +22,8 @@ def _effects(model: DResNet, images: torch.Tensor) -> Dict[Tuple[int, int], floa
     effects = {}
 
     def measure(module: Connections, args: Tuple[torch.Tensor, Flow], x: torch.Tensor) -> None:
-        i, flow = args[1].block, args[1]
+        flow = args[1]
+        i = flow.block
         for k in module.sources.get(i, ()):
             projection = module.projections[str(k)]
             part = projection(flow.source(k), flow.gates[k]).chunk(len(projection.targets), dim=1)
@@ -31,12 +32,13 @@ def _effects(model: DResNet, images: torch.Tensor) -> Dict[Tuple[int, int], floa
                 part = module.expansions[str(i)](part)
             effects[i, k] = (part.double().norm() / x.double().norm()).item()
 
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     hooks = [stage.register_forward_hook(measure) for stage in model.connections.values()]
     try:
         model.eval()(images)
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
         for hook in hooks:
             hook.remove()
     return effects
