@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
 from test_maths import randomize
-from test_models import MODELS, QUICK, assert_close, check_export_and_onnx
+from test_models import DEEPEST, MODELS, QUICK, assert_close, check_export_and_onnx
 
 LEARNED = [name for name in MODELS if 'dresnet' in name or 'adaresnet' in name]
 CHANNELS_LAST = dict(memory_format=torch.channels_last)
@@ -40,7 +40,9 @@ def assert_same(fused, model, x, tolerance):
 
 
 @pytest.mark.parametrize('name,kwargs', [
-    *(pytest.param(name, {}, marks=[pytest.mark.slow] * (name not in QUICK)) for name in LEARNED),
+    # without shortcuts, a hundred layers amplify the rounding errors of either form
+    *(pytest.param(name, dict(skip_init=1.) if name in DEEPEST and name.startswith('ada') else {},
+                   marks=[pytest.mark.slow] * (name not in QUICK)) for name in LEARNED),
     *((name, dict(gate=gate, connection_rank=rank)) for name in ('dresnet20_cifar', 'test_dresnet')
       for gate in ('sigmoid', 'gauss', 'linear') for rank in (1, 5)),
     ('dresnet50', dict(gate='linear')), ('dresnet18', dict(gate='linear')), ('dresnet18', dict(connection_rank=5)),
