@@ -98,7 +98,6 @@ class AdaBlock:
             self.skip_weight = Add()
         self.fused = True
 
-
     def add_shortcut(self, x: torch.Tensor) -> torch.Tensor:
         """`branch(x) + alpha * shortcut(x)`, `[B, C, H, W]`."""
         if torch.jit.is_scripting():
@@ -112,7 +111,7 @@ class AdaBlock:
                 shortcut = layer(shortcut)
             return self.branch(x).add_(scaled_batch_norm(norm, shortcut, self.skip_weight.alpha))
         if torch.is_grad_enabled() and not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
-            # which a compiler does by itself
+            # a compiler saves these passes by itself
             alpha = self.skip_weight.alpha.to(x.dtype)
             x, shortcut = _Fork.apply(x, alpha)
             return _Join.apply(self.branch(x), shortcut, alpha)

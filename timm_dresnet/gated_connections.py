@@ -321,8 +321,8 @@ class Flow:
                 sums[targets[j]] = sums[targets[j]] + part if targets[j] in sums else part
             self.pending = tuple(sorted(sums)), torch.cat([sums[i] for i in sorted(sums)], dim=1)
 
-    def take(self, i: int) -> torch.Tensor:
-        """The sum for target i, the first of those to come."""
+    def take(self) -> torch.Tensor:
+        """The sum for the first of the targets to come."""
         targets, total = self.pending
         chs = total.shape[1] // len(targets)
         parts = total.split([chs, total.shape[1] - chs], dim=1)
@@ -386,9 +386,9 @@ class StageConnections(nn.Module):
                 x = _add_convs(y, [flow.source(k) for k in self.sources[i]], *self.kernels(i, flow))
             elif self.expansions:
                 expansion = self.expansions[str(i)]
-                x = _add_convs(y, [flow.take(i)], [expansion.weight], expansion.bias)
+                x = _add_convs(y, [flow.take()], [expansion.weight], expansion.bias)
             else:
-                x = y + flow.take(i)
+                x = y + flow.take()
         if i - 1 in self.targets:
             self.send(i - 1, flow)
         return x
