@@ -1,10 +1,31 @@
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from hub_server import HubServer
+
 ROOT = Path(__file__).parents[1]
+
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ['OMP_NUM_THREADS'] = '1'  # workers share the cores, and threads that spin would slow all down
+
+# tests talk to a Hub of their own: huggingface_hub reads where it is, and where its cache is, when it is imported
+HUB = HubServer()
+HOME = tempfile.TemporaryDirectory(prefix='hf-home-')
+os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HOME.name, HF_HUB_DISABLE_XET='1')
+os.environ.pop('HF_TOKEN', None)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty Hub, with an empty cache; nobody is logged in."""
+    HUB.reset()
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'cache'))
+    yield HUB
 
 
 @pytest.fixture(scope='session')

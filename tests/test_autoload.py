@@ -10,7 +10,7 @@ import pytest
 
 from conftest import ROOT
 
-CREATE = "timm.create_model('dresnet18', device='meta')"
+CREATE = "timm.create_model('test_dresnet', pretrained=True)"
 IS_OURS = "assert 'dresnet18' in timm.list_models(), 'not registered'"
 
 

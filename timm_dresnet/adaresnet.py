@@ -9,11 +9,11 @@ from typing import Dict, Optional, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.utils import reparameterize_model
 
-from .resnet import (
-    BasicBlock, Bottleneck, ResNet, _cfg, _cifar_cfg, fold_norms, is_batch_norm, scaled_batch_norm)
+from .pretrained import build_model_with_cfg, grown_cfgs
+from .resnet import BasicBlock, Bottleneck, ResNet, _c10_cfg, _cifar_cfg, fold_norms, is_batch_norm, scaled_batch_norm
 
 __all__ = ['AdaResNet']  # the model registry adds each entry point to this
 
@@ -215,16 +215,16 @@ def _create_adaresnet(variant: str, pretrained: bool = False, **kwargs) -> AdaRe
 
 
 default_cfgs = generate_default_cfgs({
-    'adaresnet18': _cfg(),
-    'adaresnet34': _cfg(),
-    'adaresnet50': _cfg(),
-    'adaresnet101': _cfg(),
-    'adaresnet152': _cfg(),
+    **grown_cfgs('adaresnet18', 'resnet18'),
+    **grown_cfgs('adaresnet34', 'resnet34'),
+    **grown_cfgs('adaresnet50', 'resnet50'),
+    **grown_cfgs('adaresnet101', 'resnet101'),
+    **grown_cfgs('adaresnet152', 'resnet152'),
     'adaresnet18_cifar': _cifar_cfg(pool_size=(4, 4)),
     'adaresnet20_cifar': _cifar_cfg(),
     'adaresnet56_cifar': _cifar_cfg(),
     'adaresnet110_cifar': _cifar_cfg(),
-    'test_adaresnet': _cifar_cfg(pool_size=(4, 4)),
+    'test_adaresnet.c10': _c10_cfg('test_adaresnet.c10', pool_size=(4, 4), paper_ids=('arXiv:2408.09958', 'arXiv:1512.03385')),
 })
 
 

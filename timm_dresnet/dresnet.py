@@ -10,12 +10,13 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
 import torch
 import torch.nn as nn
 from timm.layers import LayerType, get_norm_layer
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.utils import reparameterize_model
 
 from .gated_connections import Connections, Flow, FusedConnections, StageFlow
-from .resnet import ResNet, _cfg, _cifar_cfg, fold_norms
+from .pretrained import build_model_with_cfg, grown_cfgs
+from .resnet import ResNet, _c10_cfg, _cifar_cfg, fold_norms
 
 __all__ = ['DResNet']  # the model registry adds each entry point to this
 
@@ -226,19 +227,21 @@ def _create_dresnet(variant: str, pretrained: bool = False, **kwargs) -> DResNet
     )
 
 
+_PROPOSAL = 'https://github.com/Mao-chuan/An_improve_on_ResNet--Introduces_dynamic_connections'
+
 default_cfgs = generate_default_cfgs({
-    'dresnet18': _cfg(),
-    'dresnet18_gauss': _cfg(),
-    'dresnet34': _cfg(),
-    'dresnet34_gauss': _cfg(),
-    'dresnet50': _cfg(),
-    'dresnet50_gauss': _cfg(),
-    'dresnet101': _cfg(),
-    'dresnet101_gauss': _cfg(),
+    **grown_cfgs('dresnet18', 'resnet18'),
+    **grown_cfgs('dresnet18_gauss', 'resnet18'),
+    **grown_cfgs('dresnet34', 'resnet34'),
+    **grown_cfgs('dresnet34_gauss', 'resnet34'),
+    **grown_cfgs('dresnet50', 'resnet50'),
+    **grown_cfgs('dresnet50_gauss', 'resnet50'),
+    **grown_cfgs('dresnet101', 'resnet101'),
+    **grown_cfgs('dresnet101_gauss', 'resnet101'),
     'dresnet18_cifar': _cifar_cfg(pool_size=(4, 4)),
     'dresnet20_cifar': _cifar_cfg(),
     'dresnet56_cifar': _cifar_cfg(),
-    'test_dresnet': _cifar_cfg(pool_size=(4, 4)),
+    'test_dresnet.c10': _c10_cfg('test_dresnet.c10', pool_size=(4, 4), origin_url=_PROPOSAL),
 })
 
 

@@ -14,10 +14,13 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from .pretrained import packaged_file
+
 __all__ = ['ResNet']  # the model registry adds each entry point to this
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 
 
 def fold_norms(block: nn.Module) -> None:
@@ -318,7 +321,7 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
         'crop_pct': 0.875, 'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'conv1', 'classifier': 'fc',
-        'license': 'apache-2.0',
+        'license': 'apache-2.0', 'paper_ids': 'arXiv:1512.03385',
         **kwargs
     }
 
@@ -328,6 +331,10 @@ def _cifar_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
         'num_classes': 10, 'input_size': (3, 32, 32), 'pool_size': (8, 8), 'crop_pct': 1.0,
         'mean': CIFAR10_MEAN, 'std': CIFAR10_STD,
     }, **kwargs))
+
+
+def _c10_cfg(tag: str, **kwargs) -> Dict[str, Any]:
+    return _cifar_cfg(file=packaged_file(tag), label_names=CIFAR10_CLASSES, **kwargs)
 
 
 default_cfgs = generate_default_cfgs({

@@ -1,0 +1,193 @@
+"""Pretrained configs, weights in the package, and networks grown from timm's checkpoints on the Hub."""
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from shutil import copytree, ignore_patterns
+
+import pytest
+import timm
+import timm_dresnet
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file, save
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, list_pretrained
+
+PACKAGE = Path(timm_dresnet.__file__).parent
+PACKAGED = [name for name in list_pretrained(['*dresnet*', '*adaresnet*']) if '.init_' not in name]
+GROWN = {
+    **{f'dresnet{n}{gate}': f'resnet{n}' for n in (18, 34, 50, 101) for gate in ('', '_gauss')},
+    **{f'adaresnet{n}': f'resnet{n}' for n in (18, 34, 50, 101, 152)},
+}
+
+
+@pytest.mark.parametrize('name', [*PACKAGED, *(f'{name}.init_a1_in1k' for name in GROWN)])
+def test_configs(name):
+    cfg = get_pretrained_cfg(name)
+    assert cfg.has_weights and cfg.license and cfg.paper_ids
+    assert f'{cfg.architecture}.{cfg.tag}' == name
+    assert (cfg.first_conv, cfg.classifier) == ('conv1', 'fc')
+    model = timm.create_model(name)
+    config = resolve_model_data_config(model)
+    assert config['input_size'] == cfg.input_size and config['mean'] == cfg.mean
+    create_transform(**config)
+    assert model.num_classes == cfg.num_classes == len(cfg.label_names or range(1000))
+
+
+@pytest.mark.parametrize('name,resnet', GROWN.items())
+def test_every_checkpoint_of_timm_can_be_grown(name, resnet):
+    """With its own preprocessing and license, and the same one as the default."""
+    tags = [f'init_{cfg.tag}' for cfg in get_arch_pretrained_cfgs(resnet).values()]
+    assert [cfg.tag for cfg in get_arch_pretrained_cfgs(name).values() if cfg.tag.startswith('init_')] == tags
+    for cfg in get_arch_pretrained_cfgs(resnet).values():
+        grown = get_pretrained_cfg(f'{name}.init_{cfg.tag}')
+        assert grown.hf_hub_id == f'timm/{resnet}.{cfg.tag}'
+        for key in ('input_size', 'test_input_size', 'crop_pct', 'test_crop_pct', 'interpolation', 'mean', 'std',
+                    'num_classes', 'license', 'origin_url', 'paper_ids', 'label_offset'):
+            assert getattr(grown, key) == getattr(cfg, key), key
+    assert get_pretrained_cfg(name).tag == f'init_{get_pretrained_cfg(resnet).tag}'
+
+
+@pytest.mark.parametrize('name', GROWN)
+def test_grown_from_the_hub(hub, name):
+    """A ResNet of timm, served as timm's repositories are, and loaded through the tag."""
+    torch.manual_seed(0)
+    resnet = timm.create_model(GROWN[name]).eval()
+    for norm in resnet.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.3, 0.6)
+            nn.init.normal_(norm.bias, std=0.1)
+            nn.init.uniform_(norm.running_var, 0.5, 2.)
+    tag = get_pretrained_cfg(GROWN[name]).tag
+    hub.add_repo(f'timm/{GROWN[name]}.{tag}', {'model.safetensors': save(resnet.state_dict())})
+
+    model = timm.create_model(f'{name}.init_{tag}', pretrained=True).eval()
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        expected = resnet(images)
+        # adding connections of 0, a DResNet may have its maps in another memory layout, and kernels for that
+        tolerance = 0. if name.startswith('ada') else 1e-4
+        torch.testing.assert_close(model(images), expected, rtol=tolerance, atol=tolerance * expected.std().item())
+        assert expected.std() > 0.01
+    assert timm.create_model(name, pretrained=True, num_classes=3)(images).shape == (2, 3)
+
+
+@pytest.mark.parametrize('name', PACKAGED)
+def test_packaged(hub, name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=True).eval()
+    stored = load_file(get_pretrained_cfg(name).file)
+    for key, weight in model.state_dict().items():
+        assert torch.equal(weight, stored[key].to(weight.dtype)), key
+    assert 'state_dict' not in model.pretrained_cfg
+    assert isinstance(timm.create_model(name.split('.')[0], pretrained=True), type(model))  # it is the default
+
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features = timm.create_model(name, pretrained=True, features_only=True).eval()(images)
+        torch.testing.assert_close(features[-1], model.forward_features(images))
+    gray = timm.create_model(name, pretrained=True, num_classes=2, in_chans=1).eval()
+    torch.testing.assert_close(gray.conv1.weight, model.conv1.weight.sum(1, keepdim=True))
+    torch.testing.assert_close(gray.layer2[0].conv1.weight, model.layer2[0].conv1.weight)
+    assert not hub.requests
+
+
+def test_manifest_lists_the_files():
+    manifest = json.loads((PACKAGE / 'weights/manifest.json').read_text())
+    assert sorted(manifest) == sorted(f'{name}.safetensors' for name in PACKAGED)
+    assert sorted(manifest) == sorted(path.name for path in (PACKAGE / 'weights').glob('*.safetensors'))
+
+
+def run(code, path, **kwargs):
+    """Start a Python that finds the package at a path."""
+    code = f'import sys; sys.path.insert(0, {str(path)!r}); import timm_dresnet\n{code}'
+    return subprocess.Popen(
+        [sys.executable, '-W', 'error::UserWarning', '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={'TIMM_DRESNET_AUTOLOAD': '0', **kwargs})
+
+
+@pytest.fixture(scope='module')
+def copied(tmp_path_factory):
+    """A folder with the package, and an archive of it."""
+    folder = tmp_path_factory.mktemp('copy')
+    copytree(PACKAGE, folder / 'timm_dresnet', ignore=ignore_patterns('__pycache__'))
+    with zipfile.ZipFile(folder / 'archive.zip', 'w') as archive:
+        for path in (folder / 'timm_dresnet').rglob('*'):
+            archive.write(path, path.relative_to(folder))
+    return folder
+
+
+def test_archive_and_several_processes(copied):
+    code = """if True:
+        import timm, torch
+        assert '.zip' in timm_dresnet.__file__
+        model = timm.create_model('test_dresnet', pretrained=True).eval()
+        print(model(torch.ones(1, 3, 32, 32)).argmax().item())
+    """
+    processes = [run(code, copied / 'archive.zip') for _ in range(2)]
+    answers = [process.communicate() for process in processes]
+    with torch.no_grad():
+        answer = timm.create_model('test_dresnet', pretrained=True).eval()(torch.ones(1, 3, 32, 32)).argmax().item()
+    assert [out for out, _ in answers] == [f'{answer}\n'] * 2, answers
+
+
+def test_damaged_files_do_not_load(copied):
+    """A hundred of them, in one interpreter."""
+    process = run("""if True:
+        import pickle, random, timm
+        from pathlib import Path
+        from safetensors.torch import load, save
+        folder = Path(timm_dresnet.__file__).parent / 'weights'
+        file, other, manifest = (
+            folder / name for name in ('test_dresnet.c10.safetensors', 'test_adaresnet.c10.safetensors', 'manifest.json'))
+        whole, listed = file.read_bytes(), manifest.read_bytes()
+        weights = load(whole)
+        random.seed(0)
+
+        def flipped():
+            data = bytearray(whole)
+            for _ in range(random.randint(1, 9)):
+                data[random.randrange(random.choice([100, len(data)]))] ^= 1 << random.randrange(8)
+            return bytes(data)
+
+        damages = {
+            'cut': lambda: whole[:random.randrange(len(whole))],
+            'flipped bits': flipped,
+            'zeros': lambda: bytes(len(whole)),
+            'more': lambda: whole + random.randbytes(random.randint(1, 99)),
+            'another': other.read_bytes,
+            'dtype': lambda: save({k: w.float() for k, w in weights.items()}),
+            'pickle': lambda: pickle.dumps(eval).ljust(len(whole), b'.'),
+            'shapes': lambda: save({k: w.flatten() for k, w in weights.items()}),
+        }
+        for i in range(100):
+            name = list(damages)[i % len(damages)]
+            file.write_bytes(damages[name]())
+            try:
+                timm.create_model('test_dresnet', pretrained=True)
+            except RuntimeError as e:
+                assert str(file) in str(e) and 'is damaged' in str(e) and 'pip install' in str(e), e
+            else:
+                raise SystemExit(f'{name} was loaded')
+        file.unlink()
+        for text, error in ((listed, 'test_dresnet.c10.safetensors cannot be read (No such file'),
+                            (b'{}', 'manifest.json is missing or damaged'),
+                            (b'[', 'manifest.json is missing or damaged'),
+                            (b'[]', 'manifest.json is missing or damaged'), (None, 'manifest.json is missing')):
+            manifest.write_bytes(text) if text is not None else manifest.unlink()
+            try:
+                timm.create_model('test_dresnet', pretrained=True)
+            except RuntimeError as e:
+                assert error in str(e), e
+            else:
+                raise SystemExit(f'{text} was taken')
+        timm.create_model('test_dresnet')
+        manifest.write_bytes(listed)
+        file.write_bytes(whole)
+        timm.create_model('test_dresnet', pretrained=True)
+        print('all refused')
+    """, copied)
+    out, errors = process.communicate()
+    assert out == 'all refused\n', errors
