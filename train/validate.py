@@ -14,6 +14,7 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from .arguments import add_data_arguments, add_device_arguments
 from .data import BadImageError, check_classes, create_eval_loader
 from .engine import validate
+from .files import write_csv
 from .trainer import create_autocast
 
 # arguments of a run that say how its model is made
@@ -73,6 +74,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--img-size', type=int, nargs='+', metavar='N', help="image sizes (the model's if not set)")
     parser.add_argument('--crop-pct', type=float, metavar='X', help="center crop (the model's if not set)")
     parser.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images in a batch')
+    parser.add_argument('--csv', type=Path, metavar='FILE', help='write what is measured to a file as well')
     group = parser.add_argument_group('files that hold weights alone')
     group.add_argument('--arch', metavar='NAME', help='architecture')
     group.add_argument('--num-classes', type=int, metavar='N', help='number of classes')
@@ -99,6 +101,9 @@ def main(argv: Optional[List[str]] = None) -> None:
                 check_classes(loader.dataset, model.num_classes)
                 metrics = validate(model, loader, args, device, create_autocast(args, device))
                 rows.append((name, size, metrics))
+        if args.csv and is_primary(args):
+            write_csv(args.csv, [
+                dict(model=name, size=size, images=len(loader.dataset), **metrics) for name, size, metrics in rows])
     except (OSError, ValueError, BadImageError) as e:
         sys.exit(f'python -m train.validate: error: {" ".join(str(e).split())}')
     if is_primary(args):

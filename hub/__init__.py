@@ -1,0 +1,1 @@
+"""From the folder of a model to the Hugging Face Hub."""

@@ -1,0 +1,85 @@
+"""`python -m hub.package`: the weights of a run become part of the package, in half precision."""
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import List, Optional
+
+import timm
+import torch
+import yaml
+from safetensors.torch import save
+
+from .cards import PICTURES, TABLES, ZOO, Run
+
+WEIGHTS = Path(__file__).parents[1] / 'timm_dresnet/weights'
+
+
+def package(folder: Path, tag: str) -> None:
+    """Write a model's weights to the package, an entry in its manifest, and the record of its run to `hub/zoo`.
+
+    Args:
+        folder: What a run has left.
+        tag: Model name and tag, such as 'test_dresnet.c10'.
+
+    Raises:
+        ValueError: If the folder does not hold such a model, or half precision cannot hold its weights.
+    """
+    try:
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    except Exception as e:  # whatever a damaged file makes timm and safetensors raise
+        raise ValueError(f'{folder} holds no model that timm can load: {e}') from e
+    architecture = model.pretrained_cfg['architecture']
+    if architecture != tag.split('.')[0] or '.' not in tag:
+        raise ValueError(f'{folder} holds a {architecture}: give its tag as {architecture}.RECIPE_DATASET, not {tag!r}.')
+    weights = {name: w.half() if w.is_floating_point() else w for name, w in model.state_dict().items()}
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f'{name} in {folder} has values that half precision cannot hold.')
+
+    data = save(weights)
+    manifest = WEIGHTS / 'manifest.json'
+    entries = json.loads(manifest.read_text()) if manifest.exists() else {}
+    entries[f'{tag}.safetensors'] = {'size': len(data), 'sha256': hashlib.sha256(data).hexdigest()}
+    WEIGHTS.mkdir(exist_ok=True)
+    for path, content in (
+            (WEIGHTS / f'{tag}.safetensors', data),
+            (manifest, (json.dumps(entries, indent=2, sort_keys=True) + '\n').encode()),
+    ):
+        new = path.with_name(f'.{path.name}')
+        new.write_bytes(content)
+        os.replace(new, path)
+
+    record = ZOO / tag
+    record.mkdir(parents=True, exist_ok=True)
+    for name in (*TABLES, *PICTURES):
+        (record / name).unlink(missing_ok=True)
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, record / name)
+    if (run := Run.read(record)).args:
+        (record / 'args.yaml').write_text(yaml.safe_dump(run.args))
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m hub.package', description='Put the weights of a run into timm_dresnet/weights.',
+        epilog='example: python -m hub.package output/test_dresnet test_dresnet.c10')
+    parser.add_argument('folder', type=Path, metavar='OUTPUT_FOLDER', help='what python -m train has left')
+    parser.add_argument('tag', metavar='MODEL.TAG', help='model name and tag')
+    args = parser.parse_args(argv)
+    try:
+        package(args.folder, args.tag)
+    except (OSError, ValueError) as e:
+        sys.exit(f'python -m hub.package: error: {" ".join(str(e).split())}')
+    data_arguments = Run.read(ZOO / args.tag).data_arguments
+    print(f"""Wrote timm_dresnet/weights/{args.tag}.safetensors and hub/zoo/{args.tag}. What is left to do:
+  * name {args.tag} in default_cfgs of its model file, with file=packaged_file({args.tag!r}), and in hub/zoo.yaml
+  * measure it: python -m train.validate {args.tag} {data_arguments} --csv hub/zoo/{args.tag}/validation.csv
+  * write the cards: python -m hub.cards""")
+
+
+if __name__ == '__main__':
+    main()
