@@ -83,6 +83,11 @@ class Run:
                         rows += csv.DictReader(f)
         except (yaml.YAMLError, AttributeError, UnicodeDecodeError, csv.Error) as e:
             raise ValueError(f'{folder} holds a damaged file of its run: {" ".join(str(e).split())}') from e
+        if missing := run.args and {'model', 'epochs', 'seed', 'opt', 'batch_size'} - set(run.args):
+            raise ValueError(f'{folder}/args.yaml does not say {", ".join(sorted(missing))}: it is not that of a run.')
+        source, _, name = (run.args.get('dataset') or '').partition('/')
+        if source in ('hfds', 'hfids'):
+            run.dataset_id = run.dataset_id or name
         return run
 
     @property
@@ -110,7 +115,7 @@ class Run:
     @property
     def base_model(self) -> Optional[str]:
         """The repository on the Hub whose weights the training began with."""
-        if not self.args.get('pretrained'):
+        if not self.args.get('pretrained') or self.args.get('pretrained_path'):
             return None
         name = self.args['model']
         if name.startswith('hf-hub:'):
@@ -229,7 +234,7 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
         data_arguments=run.data_arguments,
         results=metrics and dict(
             split=run.args.get('val_split', 'validation'),
-            at=f', at {height}x{width}' if not run.validation else f', at {run.validation[-1]["size"]} pixels',
+            size='x'.join(2 * [run.validation[-1]['size']]) if run.validation else f'{height}x{width}',
             top1=f'{metrics["top1"]:.2f}', top5=f'{metrics["top5"]:.2f}', loss=f'{metrics["loss"]:.4f}',
         ),
         training=_describe_training(run, height) if run.args else '',

@@ -190,7 +190,7 @@ def test_card_of_a_grown_model(hub, push, folders, tmp_path):
     (tmp_path / 'new').mkdir()
     repository.build(job, tmp_path / 'new')
     card = ModelCard.load(tmp_path / 'new/README.md')
-    assert card.data.base_model == 'timm/resnet50.a1_in1k'
+    assert card.data.base_model == 'timm/resnet50.a1_in1k' and card.data.datasets == ['alice/birds']
     assert 'starting from timm/resnet50.a1_in1k' in card.text and 'on alice/birds at 32x32' in card.text
 
 
@@ -317,6 +317,7 @@ def test_folder_may_change_meanwhile(alice, folders, tmp_path):
     (lambda folder: (folder / 'config.json').write_text('{"architecture": "dresnet17"}'), 'no model that timm can load'),
     (lambda folder: (folder / 'model.safetensors').write_bytes(b'\x80\x04.'), 'no model that timm can load'),
     (lambda folder: (folder / 'args.yaml').write_text('a: [1'), 'a damaged file of its run'),
+    (lambda folder: (folder / 'args.yaml').write_text('model: x'), 'does not say batch_size, epochs, opt, seed'),
     (lambda folder: save_for_hf(not_finite(), folder, safe_serialization=True), 'not finite'),
 ])
 def test_damaged_folders(alice, push, folders, tmp_path, damage, message):
