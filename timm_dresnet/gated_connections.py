@@ -146,8 +146,8 @@ class Projection(nn.Module):
         """Whether norm and gate fold into the convolution now."""
         if not self.norm.training:  # which may have been put into eval mode by itself
             return is_batch_norm(self.norm)
-        # in training, where the covariance of the input costs less than the norm of the output
-        return is_batch_norm(self.norm) and self.conv.in_channels <= self.conv.out_channels
+        # in training, where the covariance of the input costs less than the norm of the output, or next to nothing
+        return is_batch_norm(self.norm) and self.conv.in_channels <= max(64, self.conv.out_channels)
 
     def folded(self, x: Optional[torch.Tensor], gate: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """The convolution that does all of this.
@@ -327,7 +327,8 @@ class Flow:
         chs = total.shape[1] // len(targets)
         parts = total.split([chs, total.shape[1] - chs], dim=1)
         self.pending = targets[1:], parts[1] if len(targets) > 1 else None
-        return parts[0]
+        # a copy, or what is kept for the backward pass of its expansion would hold the sums for all
+        return parts[0].clone() if torch.is_grad_enabled() else parts[0]
 
 
 class StageConnections(nn.Module):
