@@ -34,7 +34,8 @@ def package(folder: Path, tag: str) -> None:
         raise ValueError(f'{folder} holds no model that timm can load: {e}') from e
     architecture = model.pretrained_cfg['architecture']
     if architecture != tag.split('.')[0] or '.' not in tag:
-        raise ValueError(f'{folder} holds a {architecture}: give its tag as {architecture}.RECIPE_DATASET, not {tag!r}.')
+        raise ValueError(
+            f'{folder} holds a {architecture}: give its tag as {architecture}.RECIPE_DATASET, not {tag!r}.')
     weights = {name: w.half() if w.is_floating_point() else w for name, w in model.state_dict().items()}
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():

@@ -23,7 +23,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--license', metavar='ID', help="of the weights (if not set, the model's own, or apache-2.0)")
     parser.add_argument('--dataset-id', metavar='ID', help='the training data on the Hub, such as uoft-cs/cifar10')
     parser.add_argument('--private', action='store_true', help='make a new repository private')
-    parser.add_argument('--revision', metavar='BRANCH', help='branch to push to, made if there is none (main if not set)')
+    parser.add_argument('--revision', metavar='BRANCH', help='branch, made if there is none (main if not set)')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request instead')
     parser.add_argument('--endpoint', metavar='URL', help='of another Hub')
     parser.add_argument('--token-file', type=Path, metavar='FILE',

@@ -265,7 +265,7 @@ class _Handler(BaseHTTPRequestHandler):
             return {'errors': [], 'warnings': [{'message': 'empty or missing yaml metadata in repo card'}]}
         errors = [
             {'message': f'"{key}" must be {kind.__name__}'}
-            for key, kind in dict(license=str, tags=list, datasets=list, library_name=str, **{'model-index': list}).items()
+            for key, kind in {'license': str, 'library_name': str, 'tags': list, 'datasets': list}.items()
             if key in content and not isinstance(content[key], kind)
         ]
         if errors:
@@ -316,8 +316,8 @@ class _Handler(BaseHTTPRequestHandler):
         return {
             'transfer': 'basic',
             'objects': [
-                {'oid': o['oid'], 'size': o['size']} if o['oid'] in self.server.content else
-                {'oid': o['oid'], 'size': o['size'], 'actions': {'upload': {'href': f'{self.server.url}/lfs/{o["oid"]}'}}}
+                o if o['oid'] in self.server.content else
+                {**o, 'actions': {'upload': {'href': f'{self.server.url}/lfs/{o["oid"]}'}}}
                 for o in json.loads(self.body)['objects']
             ],
         }
@@ -353,9 +353,10 @@ class _Handler(BaseHTTPRequestHandler):
                 del files[value['path']]
         number = sum(ref.startswith('refs/pr/') for ref in found.refs) + 1
         commit = found.commit(f'refs/pr/{number}' if create_pr else rev, message, files, head.oid)
-        result = {'success': True, 'commitOid': commit.oid, 'commitUrl': f'{self.server.url}/{repo}/commit/{commit.oid}'}
+        url = f'{self.server.url}/{repo}'
+        result = {'success': True, 'commitOid': commit.oid, 'commitUrl': f'{url}/commit/{commit.oid}'}
         if create_pr:
-            result['pullRequestUrl'] = f'{self.server.url}/{repo}/discussions/{number}'
+            result['pullRequestUrl'] = f'{url}/discussions/{number}'
         return result
 
     def resolve(self, repo: str, rev: str, path: str) -> Any:

@@ -229,13 +229,14 @@ def test_parameter_count(arch, count):
     assert sum(p.numel() for p in timm.create_model(arch, device='meta').parameters()) == count
 
 
-@pytest.mark.parametrize('arch,base', [('dresnet50', 'resnet50'), ('dresnet101', 'resnet101')])
+@pytest.mark.parametrize('arch,base', [
+    ('dresnet50', 'resnet50'), ('dresnet101', 'resnet101'), ('dresnet56_cifar', 'resnet56_cifar')])
 def test_low_rank_connections_cost_at_most_15_percent(arch, base):
     from torch.utils.flop_counter import FlopCounterMode
     cost = {}
     for name in (arch, base):
         model = timm.create_model(name, device='meta').eval()
         with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, 224, 224, device='meta'))
+            model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
         cost[name] = sum(p.numel() for p in model.parameters()), counter.get_total_flops()
     assert all(1 < a / b <= 1.15 for a, b in zip(cost[arch], cost[base]))

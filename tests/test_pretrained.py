@@ -140,8 +140,8 @@ def test_damaged_files_do_not_load(copied):
         from pathlib import Path
         from safetensors.torch import load, save
         folder = Path(timm_dresnet.__file__).parent / 'weights'
-        file, other, manifest = (
-            folder / name for name in ('test_dresnet.c10.safetensors', 'test_adaresnet.c10.safetensors', 'manifest.json'))
+        file, other = (folder / f'test_{name}.c10.safetensors' for name in ('dresnet', 'adaresnet'))
+        manifest = folder / 'manifest.json'
         whole, listed = file.read_bytes(), manifest.read_bytes()
         weights = load(whole)
         random.seed(0)

@@ -224,7 +224,8 @@ default_cfgs = generate_default_cfgs({
     'adaresnet20_cifar': _cifar_cfg(),
     'adaresnet56_cifar': _cifar_cfg(),
     'adaresnet110_cifar': _cifar_cfg(),
-    'test_adaresnet.c10': _c10_cfg('test_adaresnet.c10', pool_size=(4, 4), paper_ids=('arXiv:2408.09958', 'arXiv:1512.03385')),
+    'test_adaresnet.c10': _c10_cfg(
+        'test_adaresnet.c10', pool_size=(4, 4), paper_ids=('arXiv:2408.09958', 'arXiv:1512.03385')),
 })
 
 
