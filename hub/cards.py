@@ -93,8 +93,12 @@ class Run:
     @property
     def dataset(self) -> str:
         """Name of the data set."""
-        name = (self.args.get('dataset') or self.args.get('data_dir') or '').split('/', 1)[-1]
-        return _DATASETS.get(name) or self.dataset_id or name or 'its data set'
+        return _DATASETS.get(self.dataset_key) or self.dataset_id or self.dataset_key
+
+    @property
+    def dataset_key(self) -> str:
+        """What timm calls it, or its folder."""
+        return (self.args.get('dataset') or self.args.get('data_dir') or 'unknown').split('/', 1)[-1]
 
     @property
     def data_arguments(self) -> str:
@@ -190,7 +194,7 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
         common = dict(
             task_type='image-classification',
             task_name='Image Classification',
-            dataset_type=run.dataset_id or run.dataset,
+            dataset_type=run.dataset_id or run.dataset_key,
             dataset_name=run.dataset,
             dataset_split=run.args.get('val_split', 'validation'),
         )
