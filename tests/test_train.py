@@ -17,7 +17,7 @@ from train.__main__ import main
 from train.arguments import parse_args
 from train.checkpoints import newest
 from train.data import Digits
-from train.results import Log
+from train.results import Log, save_results
 
 from conftest import ROOT
 
@@ -124,6 +124,16 @@ def test_fine_tuning_starts_from_the_file(option, digits_folder, tmp_path):
     kept = {key for key in kept if 'num_batches' not in key}
     changed = {key for key in before if 'num_batches' not in key} - kept
     assert changed == (set() if option == '--initial-checkpoint' else {'fc.weight', 'fc.bias'})
+
+
+def test_names_of_other_weights_are_not_kept(digits_folder, tmp_path):
+    (tmp_path / 'summary.csv').write_bytes((digits_folder / 'summary.csv').read_bytes())
+    model = timm.create_model('test_adaresnet', pretrained=True)
+    assert model.pretrained_cfg['tag'] == 'c10' and 'airplane' in model.pretrained_cfg['label_names']
+    save_results(model, tmp_path, data_config={})
+    text = (tmp_path / 'config.json').read_text()
+    assert 'c10' not in text and 'airplane' not in text
+    assert model.pretrained_cfg['tag'] == 'c10'
 
 
 def test_full_disk(tmp_path, monkeypatch):

@@ -51,9 +51,9 @@ def build_model_with_cfg(
         model_cls: Type[nn.Module],
         variant: str,
         pretrained: bool,
+        pretrained_filter_fn: Callable,
         pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
-        pretrained_filter_fn: Optional[Callable] = None,
         **kwargs,
 ) -> nn.Module:
     """timm's `build_model_with_cfg`, which checks weights of this package before it loads them.
@@ -69,15 +69,15 @@ def build_model_with_cfg(
 
         def filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
             del model.pretrained_cfg['state_dict']  # or the weights would stay with the model, twice
-            return pretrained_filter_fn(state_dict, model) if pretrained_filter_fn else state_dict
+            return pretrained_filter_fn(state_dict, model)
 
     return timm_build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
+        pretrained_filter_fn=filter_fn,
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=pretrained_cfg_overlay,
-        pretrained_filter_fn=filter_fn,
         **kwargs,
     )
 

@@ -174,6 +174,8 @@ def save_results(
         shutil.rmtree(left_over)
     _draw(folder)
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)  # as safetensors wants it
+    for key in ('tag', 'label_names'):  # of other weights
+        model.pretrained_cfg.pop(key, None)
     with tempfile.TemporaryDirectory(dir=folder, prefix='.results-') as name:
         new = Path(name)
         config = dict(label_names=label_names) if label_names else {}
