@@ -2,6 +2,7 @@
 
 `python -m hub.cards` writes MODEL_CARD.md, the card of all models in the package.
 """
+import argparse
 import csv
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,7 @@ class Run:
             raise ValueError(f'{folder} holds a damaged file of its run: {" ".join(str(e).split())}') from e
         if missing := run.args and {'model', 'epochs', 'seed', 'opt', 'batch_size'} - set(run.args):
             raise ValueError(f'{folder}/args.yaml does not say {", ".join(sorted(missing))}: it is not that of a run.')
-        source, _, name = (run.args.get('dataset') or '').partition('/')
+        source, _, name = str(run.args.get('dataset') or '').partition('/')
         if source in ('hfds', 'hfids'):
             run.dataset_id = run.dataset_id or name
         return run
@@ -281,5 +282,6 @@ def family_card() -> ModelCard:
 
 
 if __name__ == '__main__':
+    argparse.ArgumentParser(prog='python -m hub.cards', description='Write MODEL_CARD.md.').parse_args()
     family_card().save(_FAMILY_CARD)
     print(f'Wrote {_FAMILY_CARD}')

@@ -3,6 +3,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def package(folder: Path, tag: str) -> None:
     except Exception as e:  # whatever a damaged file makes timm and safetensors raise
         raise ValueError(f'{folder} holds no model that timm can load: {e}') from e
     architecture = model.pretrained_cfg['architecture']
-    if architecture != tag.split('.')[0] or '.' not in tag:
+    if not re.fullmatch(rf'{architecture}\.\w+', tag):
         raise ValueError(
             f'{folder} holds a {architecture}: give its tag as {architecture}.RECIPE_DATASET, not {tag!r}.')
     weights = {name: w.half() if w.is_floating_point() else w for name, w in model.state_dict().items()}
@@ -77,7 +78,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         sys.exit(f'python -m hub.package: error: {" ".join(str(e).split())}')
     data_arguments = Run.read(ZOO / args.tag).data_arguments
     print(f"""Wrote timm_dresnet/weights/{args.tag}.safetensors and hub/zoo/{args.tag}. What is left to do:
-  * name {args.tag} in default_cfgs of its model file, with file=packaged_file({args.tag!r}), and in hub/zoo.yaml
+  * name {args.tag} in default_cfgs of its model file, with file=packaged_file({args.tag!r}) and what config.json of the
+    run says of input_size, mean, std, interpolation, crop_pct and label_names, and in hub/zoo.yaml
   * measure it: python -m train.validate {args.tag} {data_arguments} --csv hub/zoo/{args.tag}/validation.csv
   * write the cards: python -m hub.cards""")
 

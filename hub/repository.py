@@ -80,11 +80,14 @@ def build(job: Job, folder: Path) -> nn.Module:
     for name in _PUBLISHED:
         if (job.folder / name).is_file():
             shutil.copyfile(job.folder / name, folder / name)
-    run = Run.read(folder, job.dataset_id, job.note)
+    run = Run.read(job.folder, job.dataset_id, job.note)
     if run.args:
         (folder / 'args.yaml').write_text(yaml.safe_dump(run.args))
     if job.model:
-        save_for_hf(timm.create_model(job.model, pretrained=True), folder, safe_serialization=True)
+        try:
+            save_for_hf(timm.create_model(job.model, pretrained=True), folder, safe_serialization=True)
+        except RuntimeError as e:
+            raise ValueError(f'{job.model} cannot be loaded: {e}') from e
     for name in ('model.safetensors', 'config.json'):
         if not (folder / name).exists():
             raise ValueError(
@@ -99,7 +102,13 @@ def build(job: Job, folder: Path) -> nn.Module:
     if not (folder / 'README.md').exists():  # one that its author has written is better
         license = job.license or model.pretrained_cfg.get('license') or 'apache-2.0'
         files = sorted(file.name for file in folder.iterdir())
-        model_card(model, run, f'hf-hub:{job.repo_id}', files, license).save(folder / 'README.md')
+        try:
+            card = model_card(model, run, f'hf-hub:{job.repo_id}', files, license)
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as e:  # of values that no run writes
+            raise ValueError(
+                f'the record of the run in {job.folder} (args.yaml, summary.csv, validation.csv) is damaged: '
+                f'{type(e).__name__} {e}.') from e
+        card.save(folder / 'README.md')
     return model
 
 

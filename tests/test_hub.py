@@ -319,6 +319,8 @@ def test_folder_may_change_meanwhile(alice, folders, tmp_path):
     (lambda folder: (folder / 'model.safetensors').write_bytes(b'\x80\x04.'), 'no model that timm can load'),
     (lambda folder: (folder / 'args.yaml').write_text('a: [1'), 'a damaged file of its run'),
     (lambda folder: (folder / 'args.yaml').write_text('model: x'), 'does not say batch_size, epochs, opt, seed'),
+    (lambda folder: (folder / 'summary.csv').write_text('epoch,eval_top1\n0,50\n'), 'the record of the run in'),
+    (lambda folder: (folder / 'validation.csv').write_text('model\nx\n'), 'the record of the run in'),
     (lambda folder: save_for_hf(not_finite(), folder, safe_serialization=True), 'not finite'),
 ])
 def test_damaged_folders(alice, push, folders, tmp_path, damage, message):
@@ -392,6 +394,7 @@ def test_package(digits_folder, tmp_path, monkeypatch, capsys):
     for folder, tag, message in (
             (digits_folder, 'dresnet18.digits', 'holds a dresnet20_cifar'),
             (digits_folder, 'dresnet20_cifar', 'holds a dresnet20_cifar'),
+            (digits_folder, 'dresnet20_cifar.a/b', 'holds a dresnet20_cifar'),
             (tmp_path, 'dresnet18.digits', 'no model that timm can load'),
             (tmp_path / 'large', 'test_dresnet.c10', 'layer1.0.bn1.running_var in .* half precision cannot hold'),
     ):
