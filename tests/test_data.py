@@ -69,6 +69,23 @@ def test_an_epoch_from_any_batch_on():
     assert not torch.equal(batches(loader, 0)[0][0], whole[0][0])
 
 
+def test_growing_resolution():
+    args = ['--dataset', 'digits', '--epochs', 3, '--train-img-sizes', 8, 12, 16, '--train-size-schedule', 'progressive']
+    one = create_train_loader(arguments(*args, '--train-size-schedule-spread', 0, '--train-size-random-mix', 0), SIZE, 10, CPU)
+    for epoch, size in enumerate((8, 12, 16)):
+        epoch_batches = batches(one, epoch)
+        assert len(epoch_batches) == len(one) == 1437 // 32
+        assert {images.shape for images, _ in epoch_batches} == {(32, 3, size, size)}
+
+    drawn = create_train_loader(arguments(*args), SIZE, 10, CPU)
+    loaded = create_train_loader(arguments(*args, '--workers', 2), SIZE, 10, CPU)
+    whole = batches(drawn, 1)
+    assert {images.shape[-1] for images, _ in whole} == {8, 12, 16}
+    assert_equal(batches(loaded, 1), whole)
+    assert_equal(batches(drawn, 1, 17), whole[17:])
+    assert count_bad_images([drawn], CPU, distributed=False) == 0
+
+
 def test_two_processes_share_a_batch_of_one():
     args = arguments('--dataset', 'digits', '--no-aug')
     both = create_train_loader(args, SIZE, 10, CPU)

@@ -159,6 +159,16 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--bce-sum', action='store_true', help='sum it over classes')
     group.add_argument('--bce-pos-weight', type=float, metavar='X', help='weight of positive targets')
 
+    group = parser.add_argument_group('resolution schedule')
+    group.add_argument('--train-img-sizes', type=int, nargs='+', metavar='N', help='image sizes of training batches')
+    group.add_argument('--train-size-schedule', default='constant', choices=('constant', 'progressive'),
+                       help='draw them evenly, or move from the first to the last over the epochs')
+    group.add_argument('--train-size-schedule-spread', type=float, default=0.65, metavar='X',
+                       help='standard deviation of what a progressive schedule draws, in places of the list; '
+                            'at 0 an epoch has one size')
+    group.add_argument('--train-size-random-mix', type=float, default=0.1, metavar='X',
+                       help='fraction of batches for which it draws evenly')
+
     add_device_arguments(parser)
 
     group = parser.add_argument_group('speed')

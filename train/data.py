@@ -19,6 +19,7 @@ from timm.data import FastCollateMixup, create_dataset, create_loader
 from timm.data.dataset import IterableImageDataset
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.readers.reader_wds import ReaderWds, WdsTargetKeyError, _decode
+from timm.data.scheduled_sampler import ScheduledBatchSampler, ScheduledTransformDataset
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 from tqdm import tqdm
 
@@ -220,23 +221,22 @@ def seed_everything(*key: int) -> None:
 
 
 class SeededBatch(NamedTuple):
-    """A batch to load: the key that it is seeded with, and the numbers of its images."""
+    """A batch to load: the key that it is seeded with, and the numbers of its images (each with that of its size)."""
     key: Tuple[int, ...]
-    indices: List[int]
+    indices: List[Any]
 
 
 class SeededBatchSampler(Sampler):
     """Batches of an epoch, from any batch on."""
 
-    def __init__(self, sampler: Sampler, batch_size: int, seed: int, rank: int) -> None:
-        self.sampler = sampler
-        self.batches = BatchSampler(sampler, batch_size, drop_last=True)
+    def __init__(self, batches: Sampler, seed: int, rank: int) -> None:
+        self.batches = batches
         self.key = seed, rank
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose what comes next, as in `EpochLoader.set_epoch`."""
-        self.sampler.set_epoch(epoch)
+        getattr(self.batches, 'set_epoch', self.batches.sampler.set_epoch)(epoch)
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
@@ -253,7 +253,7 @@ class SeededImages(Dataset):
     So neither the number of loading processes nor where a run was stopped and resumed changes what is trained on.
     """
 
-    def __init__(self, images: Images) -> None:
+    def __init__(self, images: Dataset) -> None:
         self.images = images
 
     def __len__(self) -> int:
@@ -364,6 +364,7 @@ def _create_images(args: argparse.Namespace, split: str, is_training: bool, in_c
 def count_bad_images(loaders: Sequence[Any], device: torch.device, distributed: bool) -> int:
     """Number of images that could not be read so far, by any process; of `hfids/` streams nothing is known."""
     datasets = [getattr(loader.dataset, 'images', loader.dataset) for loader in loaders]
+    datasets = [d.dataset if isinstance(d, ScheduledTransformDataset) else d for d in datasets]
     sources = [getattr(dataset, 'reader', dataset) for dataset in datasets]
     flags = [source.bad for source in sources if isinstance(source, (Images, Shards))]
     if not flags:
@@ -454,6 +455,8 @@ def create_train_loader(
             num_classes=num_classes,
         )
     dataset = _create_images(args, args.train_split, True, data_config['input_size'][0])
+    if args.train_img_sizes and not isinstance(dataset, Images):
+        raise ValueError(f'--train-img-sizes needs images that are numbered, {args.dataset} is a stream.')
     loader = create_loader(
         dataset,
         batch_size=args.batch_size,
@@ -477,6 +480,7 @@ def create_train_loader(
         collate_fn=collate_fn,
         # fresh processes every epoch where theirs have a state: the random numbers of a stream, whether Mixup is off
         persistent_workers=False,
+        input_size_choices=args.train_img_sizes,
         **_common(args, data_config, device),
     )
     batches = loader.loader
@@ -485,9 +489,21 @@ def create_train_loader(
             sampler = RepeatAugSampler(dataset, args.world_size, args.rank, num_repeats=args.aug_repeats)
         else:
             sampler = DistributedSampler(dataset, args.world_size, args.rank, seed=args.seed)
+        if args.train_img_sizes:
+            batch_sampler = ScheduledBatchSampler(
+                sampler,
+                [args.batch_size] * len(args.train_img_sizes),
+                seed=args.seed,
+                choice_schedule=args.train_size_schedule,
+                schedule_epochs=args.epochs,
+                schedule_spread=args.train_size_schedule_spread,
+                schedule_random_mix=args.train_size_random_mix,
+            )
+        else:
+            batch_sampler = BatchSampler(sampler, args.batch_size, drop_last=True)
         batches = DataLoader(
-            SeededImages(dataset),
-            batch_sampler=SeededBatchSampler(sampler, args.batch_size, args.seed, args.rank),
+            SeededImages(batches.dataset),
+            batch_sampler=SeededBatchSampler(batch_sampler, args.seed, args.rank),
             num_workers=args.workers,
             collate_fn=batches.collate_fn,
             pin_memory=args.pin_mem,
