@@ -1,6 +1,6 @@
 """Model cards: all that they say is read from what a run has left in its folder.
 
-`python -m hub.cards` writes MODEL_CARD.md, the card of all models in the package.
+`python -m hub.cards` writes MODEL_CARD.md, the card of all models in the package, and their accuracies into the package.
 """
 import argparse
 import csv
@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 ZOO = Path(__file__).parent / 'zoo'  # records of the runs whose weights are in the package
-_FAMILY_CARD = Path(__file__).parents[1] / 'MODEL_CARD.md'
+_ROOT = Path(__file__).parents[1]
 
 # what a run leaves for its readers
 PICTURES = {
@@ -281,7 +281,19 @@ def family_card() -> ModelCard:
     )
 
 
+def results_table() -> str:
+    """What `timm-dresnet list` shows of the models in the package, as CSV."""
+    lines = ['model,top1,top5,size,images,dataset']
+    for tag in yaml.safe_load(ZOO.with_suffix('.yaml').read_text()):
+        run = Run.read(ZOO / tag)
+        row = run.validation[-1]
+        lines.append(','.join([tag, row['top1'], row['top5'], row['size'], row['images'], run.dataset]))
+    return '\n'.join(lines) + '\n'
+
+
 if __name__ == '__main__':
-    argparse.ArgumentParser(prog='python -m hub.cards', description='Write MODEL_CARD.md.').parse_args()
-    family_card().save(_FAMILY_CARD)
-    print(f'Wrote {_FAMILY_CARD}')
+    argparse.ArgumentParser(
+        prog='python -m hub.cards', description='Write MODEL_CARD.md and timm_dresnet/weights/results.csv.').parse_args()
+    family_card().save(_ROOT / 'MODEL_CARD.md')
+    (_ROOT / 'timm_dresnet/weights/results.csv').write_text(results_table())
+    print('Wrote MODEL_CARD.md and timm_dresnet/weights/results.csv')

@@ -81,7 +81,7 @@ def main(argv: Optional[List[str]] = None) -> None:
   * name {args.tag} in default_cfgs of its model file, with file=packaged_file({args.tag!r}) and what config.json of the
     run says of input_size, mean, std, interpolation, crop_pct and label_names, and in hub/zoo.yaml
   * measure it: python -m train.validate {args.tag} {data_arguments} --csv hub/zoo/{args.tag}/validation.csv
-  * write the cards: python -m hub.cards""")
+  * write the card of all, and their accuracies into the package: python -m hub.cards""")
 
 
 if __name__ == '__main__':

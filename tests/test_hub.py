@@ -369,7 +369,8 @@ def test_zoo(alice, capsys):
 
 
 def test_family_card_is_up_to_date():
-    assert cards.family_card().content == (cards.ZOO.parents[1] / 'MODEL_CARD.md').read_text()
+    assert cards.family_card().content == (ROOT / 'MODEL_CARD.md').read_text()
+    assert cards.results_table() == (ROOT / 'timm_dresnet/weights/results.csv').read_text()
 
 
 def test_package(digits_folder, tmp_path, monkeypatch, capsys):

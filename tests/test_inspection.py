@@ -1,10 +1,27 @@
-"""Records and pictures of learned connections."""
+"""Records and pictures of learned connections, and of the signal."""
+import csv
+
 import pytest
 import timm
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
+import naive
 import timm_dresnet
+from conftest import ROOT
+from test_maths import create
+
+
+def images(count=4, size=32, dtype=torch.float32):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(3), dtype=dtype)
+
+
+def part_of(part, whole):
+    """Effect and share."""
+    return (part.norm() / whole.norm()).item(), ((part * whole).sum() / (whole * whole).sum()).item()
 
 
 @pytest.mark.parametrize('gate', ['sigmoid', 'gauss', 'linear'])
@@ -44,13 +61,203 @@ def test_fused(arch):
         timm_dresnet.connections(timm.utils.reparameterize_model(timm.create_model(arch)))
 
 
+@pytest.mark.parametrize('name,kwargs', [
+    ('dresnet18', dict(gate='sigmoid')), ('dresnet18', dict(gate='gauss', connection_rank=5)),
+    ('dresnet20_cifar', dict(gate='linear')),
+], ids=str)
+@torch.no_grad()
+def test_what_comes_through_each_connection(name, kwargs):
+    model = create(name, **kwargs).eval()
+    x = images(dtype=torch.float64)
+    records = timm_dresnet.connections(model, x)
+    names = [f'{stage}.{j}' for stage in model.stage_names for j in range(len(getattr(model, stage)))]
+    y = model.maxpool(model.act1(model.bn1(model.conv1(x))))
+    outputs = []
+    for i, block in enumerate(names, start=1):
+        parts = {k: naive.connection(model, kwargs['gate'], names, i, k, outputs[k - 1], []) for k in range(1, i - 1)}
+        expansions = model.connections[names[i - 2].split('.')[0]].expansions if parts else {}
+        if len(expansions):
+            parts = {k: F.conv2d(part, expansions[str(i)].weight) for k, part in parts.items()}
+        whole = y + sum(parts.values())
+        found = [record for record in records if record['target'] == i]
+        assert [record['source'] for record in found] == list(parts)
+        for record in found:
+            assert (record['effect'], record['share']) == pytest.approx(part_of(parts[record['source']], whole), 1e-6)
+        total = part_of(y, whole)[1] + sum(record['share'] for record in found)
+        assert total == pytest.approx(1, abs=1e-9)
+        y = model.get_submodule(block)(whole)
+        outputs.append(y)
+
+
+@pytest.mark.parametrize('name', ['adaresnet18', 'adaresnet50'])
+@torch.no_grad()
+def test_what_comes_through_each_shortcut(name):
+    model = create(name).eval()
+    for j, parameter in enumerate(p for n, p in model.named_parameters() if n.endswith('alpha')):
+        parameter.fill_(0.3 * (-1) ** j)
+    records = timm_dresnet.connections(model, images(dtype=torch.float64))
+    x = model.maxpool(model.act1(model.bn1(model.conv1(images(dtype=torch.float64)))))
+    for record in records:
+        block = model.get_submodule(record['target_name'])
+        shortcut = record['alpha'] * (x if block.downsample is None else block.downsample(x))
+        branch = block.branch(x)
+        expected = part_of(shortcut, branch + shortcut)
+        assert (record['effect'], record['share']) == pytest.approx(expected, rel=1e-6)
+        assert record['share'] + part_of(branch, branch + shortcut)[1] == pytest.approx(1, abs=1e-9)
+        x = F.relu(branch + shortcut)
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('measure', [timm_dresnet.connections, timm_dresnet.signal_propagation])
+@pytest.mark.parametrize('name', ['test_dresnet', 'test_adaresnet'])
+def test_measuring_leaves_no_trace(name, measure, training):
+    model = timm.create_model(name).train(training)
+    model.layer2.eval()
+    model.conv1.weight.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    measure(model, images())
+    assert [module.training for module in model.modules()] == modes
+    assert not any(
+        getattr(module, hooks) for module in model.modules() for hooks in ('_forward_hooks', '_forward_pre_hooks'))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters()) and not model.conv1.weight.requires_grad
+
+    with pytest.raises(RuntimeError):
+        measure(model, images()[:, :1])
+    assert [module.training for module in model.modules()] == modes
+    assert not any(
+        getattr(module, hooks) for module in model.modules() for hooks in ('_forward_hooks', '_forward_pre_hooks'))
+
+
+def test_signal_of_a_network():
+    model, x = create('test_dresnet').eval().float(), images()
+    targets = torch.tensor([1, 0, 3, 2])
+    signal = timm_dresnet.signal_propagation(model, x, targets, num_points=3)
+    outputs = {}
+    for name in [f'{stage}.{j}' for stage in model.stage_names for j in range(len(getattr(model, stage)))]:
+        model.get_submodule(name).register_forward_hook(lambda m, args, y, name=name: outputs.update({name: y}))
+    logits = model(x)
+    for y in outputs.values():
+        y.retain_grad()
+    F.cross_entropy(logits, targets).backward()
+    assert [record['name'] for record in signal['blocks']] == list(outputs)
+    for record, y in zip(signal['blocks'], outputs.values()):
+        pixels = y.detach().transpose(0, 1).flatten(1)
+        variance = ((pixels - pixels.mean(1, keepdim=True)) ** 2).sum(1) / (pixels.shape[1] - 1)
+        expected = pixels.mean().item(), variance.mean().item(), y.grad.norm().item()
+        assert (record['mean'], record['variance'], record['gradient_norm']) == pytest.approx(expected, rel=1e-4)
+    weights = {record['name']: record for record in signal['layers']}
+    layers = {name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    assert set(weights) == layers
+    for name, record in weights.items():
+        weight = model.get_submodule(name).weight
+        assert record['gradient_norm'] == pytest.approx(weight.grad.norm().item(), rel=1e-4)
+        assert record['weight_norm'] == pytest.approx(weight.norm().item(), rel=1e-5)
+    correlations = signal['input_gradients']
+    assert [record['distance'] for record in correlations] == [0, 0.5, 1]
+    assert correlations[0]['correlation'] == pytest.approx(1) and -1 <= correlations[2]['correlation'] < 1
+
+
+def signal_of(name, init=None, **kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs)
+    if init is not None:
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                init(module.weight)
+    signal = timm_dresnet.signal_propagation(model, images(8))
+    blocks = signal['blocks']
+    return (
+        [record['variance'] for record in blocks],
+        [record['gradient_norm'] for record in blocks],
+        [record['correlation'] for record in signal['input_gradients']],
+    )
+
+
+def test_variance_grows_with_depth_where_nothing_normalizes():
+    # with He's initialization a branch puts out the variance that it takes in, less what zero padding costs: each of
+    # the 27 blocks nearly doubles it (Zhang et al., arXiv:1901.09321, section 2)
+    variances, *_ = signal_of('resnet56_cifar', norm_layer=nn.Identity, zero_init_last=False)
+    assert 1.5 ** 26 < variances[-1] / variances[0] < 2 ** 26
+    variances, *_ = signal_of('resnet56_cifar')
+    assert 0.5 < variances[-1] / variances[0] < 2
+    variances, *_ = signal_of('dresnet20_cifar')
+    assert variances[3] < variances[4] < variances[5]  # what the connections of its second stage have added
+
+
+def test_gradients_vanish_in_deep_plain_networks():
+    # Glorot and Bengio's initialization halves their square at every layer of rectifiers (He et al., arXiv:1502.01852)
+    _, gradients, _ = signal_of('plainnet56_cifar', nn.init.xavier_normal_, norm_layer=nn.Identity)
+    assert gradients[0] < 1e-4 * gradients[-1]
+    _, gradients, _ = signal_of('plainnet56_cifar', norm_layer=nn.Identity)
+    assert 0.05 < gradients[0] / gradients[-1] < 20
+    _, gradients, _ = signal_of('resnet56_cifar')
+    assert 0.1 < gradients[0] / gradients[-1] < 10
+    # and batch norm makes them explode (Yang et al., arXiv:1902.08129)
+    _, gradients, _ = signal_of('plainnet56_cifar')
+    assert gradients[0] > 100 * gradients[-1]
+
+
+def test_shattered_gradients():
+    plain, residual, zero, one = [
+        signal_of(name, **kwargs)[2] for name, kwargs in (
+            ('plainnet56_cifar', {}), ('resnet56_cifar', {}), ('adaresnet56_cifar', {}),
+            ('adaresnet56_cifar', dict(skip_init=1.)))]
+    assert abs(plain[1]) < 0.1 and abs(zero[1]) < 0.1  # without shortcuts, white noise
+    assert residual[1] > 0.7 and residual[1] > residual[4] > residual[16]
+    assert one == pytest.approx(residual, abs=1e-3)
+    assert signal_of('dresnet56_cifar')[2][1] > 0.7
+
+
+@pytest.mark.parametrize('model,shape,message', [
+    ('mobilenetv3_small_050', (2, 3, 32, 32), 'ResNets'), ('test_dresnet', (1, 3, 32, 32), 'two images'),
+])
+def test_signal_of_what_cannot_be(model, shape, message):
+    with pytest.raises(ValueError, match=message):
+        timm_dresnet.signal_propagation(timm.create_model(model), torch.randn(shape))
+
+
+def check_picture(path):
+    image = Image.open(path).convert('RGB')
+    assert min(image.size) > 300 and len(image.getcolors(1 << 24)) > 50
+    assert image.getpixel((0, 0)) == (255, 255, 255)  # on dark pages too
+
+
+@pytest.mark.parametrize('plot', [timm_dresnet.plot_connections, timm_dresnet.plot_arcs])
 @pytest.mark.parametrize('arch,share', [
     ('test_dresnet', None), ('dresnet50', None), ('adaresnet18', None), ('dresnet18', 0.5), ('dresnet18', 0.),
 ])
-def test_picture(arch, share, tmp_path):
+def test_picture(plot, arch, share, tmp_path):
     model = timm.create_model(arch)
     if share is not None:
         timm_dresnet.prune_connections(model, share=share)
-    timm_dresnet.plot_connections(model, tmp_path / 'connections.png')
-    image = Image.open(tmp_path / 'connections.png').convert('RGB')
-    assert min(image.size) > 300 and len(image.getcolors(1 << 24)) > 50
+    for x in (None, images()):
+        plot(model, tmp_path / 'connections.png', x)
+        check_picture(tmp_path / 'connections.png')
+
+
+@pytest.mark.parametrize('arch,names', [
+    ('dresnet18', 8), ('adaresnet18', 8), ('dresnet101', 33), ('adaresnet152', 50), ('adaresnet110_cifar', 54)])
+@pytest.mark.parametrize('plot', [timm_dresnet.plot_connections, timm_dresnet.plot_arcs])
+def test_labels_do_not_overlap(plot, arch, names):
+    canvas = FigureCanvasAgg(plot(timm.create_model(arch)))
+    canvas.draw()
+    axes = canvas.figure.axes[0]
+    assert names - 2 <= len(axes.get_xticklabels()) <= names + 1
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        boxes = [label.get_window_extent(canvas.get_renderer()) for label in labels]
+        assert not any(box.overlaps(following) for box, following in zip(boxes, boxes[1:]))
+
+
+def test_other_pictures(tmp_path):
+    timm_dresnet.plot_gates(tmp_path / 'gates.png')
+    check_picture(tmp_path / 'gates.png')
+    with (ROOT / 'hub/zoo/test_dresnet.c10/connections.csv').open() as f:
+        timm_dresnet.plot_history(list(csv.DictReader(f)), tmp_path / 'history.png')
+    check_picture(tmp_path / 'history.png')
+    signals = {name: timm_dresnet.signal_propagation(timm.create_model(name), images()) for name in (
+        'resnet20_cifar', 'test_adaresnet')}
+    figure = timm_dresnet.plot_signal_propagation(signals, tmp_path / 'signal.png')
+    assert [len(axes.get_lines()) for axes in figure.axes] == [2, 2, 2]
+    check_picture(tmp_path / 'signal.png')

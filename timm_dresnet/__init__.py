@@ -6,7 +6,8 @@ timm is enough: see ``timm_dresnet_autoload``.
 from .adaresnet import *
 from .dresnet import *
 from .gates import GATES
-from .inspection import connections, plot_connections
+from .inspection import connections, signal_propagation
+from .pictures import plot_arcs, plot_connections, plot_gates, plot_history, plot_signal_propagation
 from .plainnet import *
 from .pruning import prune_connections
 from .resnet import *

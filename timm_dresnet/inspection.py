@@ -1,27 +1,57 @@
-"""What a network's learned connections have become: as records and as a picture."""
-from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+"""What a network's learned connections have become, and how the signal gets through it, as plain records.
+
+Papers:
+* `The Shattered Gradients Problem: If resnets are the answer, then what is the question?` -
+  https://arxiv.org/abs/1702.08591
+* `Characterizing signal propagation to close the performance gap in unnormalized ResNets` -
+  https://arxiv.org/abs/2101.08692
+"""
+from contextlib import ExitStack, contextmanager
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from timm.models import resnet
+from timm.utils.model import avg_ch_var
+from torch.func import functional_call
 
 from .adaresnet import AdaResNet
 from .dresnet import DResNet
 from .gated_connections import Connections, Flow
 
-__all__ = ['connections', 'plot_connections']
+__all__ = ['connections', 'signal_propagation']
+
+_Block = Tuple[str, nn.Module]
 
 
-def _block_names(model: nn.Module) -> List[str]:
-    return [f'{stage}.{i}' for stage in model.stage_names for i in range(len(getattr(model, stage)))]
+def blocks(model: nn.Module) -> List[_Block]:
+    """Names and modules of a ResNet's blocks, in order."""
+    stages = [info['module'] for info in model.feature_info if info['module'].startswith('layer')]
+    return [(f'{name}.{i}', block) for name in stages for i, block in model.get_submodule(name).named_children()]
 
 
-@torch.no_grad()
-def _effects(model: DResNet, images: torch.Tensor) -> Dict[Tuple[int, int], float]:
-    """Norm of what each connection, (target, source), adds to its target's input, over the norm of that input."""
-    effects = {}
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    try:
+        yield model.eval()
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
-    def measure(module: Connections, args: Tuple[torch.Tensor, Flow], x: torch.Tensor) -> None:
+
+def _measure(part: torch.Tensor, whole: torch.Tensor) -> Dict[str, float]:
+    part, whole = part.double(), whole.double()
+    square = whole.square().sum()
+    return dict(effect=(part.square().sum() / square).sqrt().item(), share=((part * whole).sum() / square).item())
+
+
+def _measure_dresnet(model: DResNet, images: torch.Tensor) -> Dict[Tuple[int, int], Dict[str, float]]:
+    """What each connection, (target, source), adds to its target's input."""
+    measures = {}
+
+    def hook(module: Connections, args: Tuple[torch.Tensor, Flow], x: torch.Tensor) -> None:
         flow = args[1]
         i = flow.block
         for k in module.sources.get(i, ()):
@@ -30,18 +60,30 @@ def _effects(model: DResNet, images: torch.Tensor) -> Dict[Tuple[int, int], floa
             part = part[projection.targets.index(i)]
             if module.expansions:
                 part = module.expansions[str(i)](part)
-            effects[i, k] = (part.double().norm() / x.double().norm()).item()
+            measures[i, k] = _measure(part, x)
 
-    training = {module: module.training for module in model.modules()}
-    hooks = [stage.register_forward_hook(measure) for stage in model.connections.values()]
-    try:
-        model.eval()(images)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for hook in hooks:
-            hook.remove()
-    return effects
+    with _eval_mode(model), ExitStack() as stack:
+        for stage in model.connections.values():
+            stack.enter_context(stage.register_forward_hook(hook))
+        model(images)
+    return measures
+
+
+def _measure_adaresnet(model: AdaResNet, images: torch.Tensor) -> Dict[str, Dict[str, float]]:
+    """What the shortcut of each block, by name, adds to its sum."""
+    measures = {}
+
+    def hook(name: str):
+        def measure(block: nn.Module, args: Tuple[torch.Tensor]) -> None:
+            shortcut = args[0] if block.downsample is None else block.downsample(args[0])
+            measures[name] = _measure(block.skip_weight.alpha * shortcut, block.add_shortcut(args[0]))
+        return measure
+
+    with _eval_mode(model), ExitStack() as stack:
+        for name, block in blocks(model):
+            stack.enter_context(block.register_forward_pre_hook(hook(name)))
+        model(images)
+    return measures
 
 
 @torch.no_grad()
@@ -50,15 +92,19 @@ def connections(model: nn.Module, images: Optional[torch.Tensor] = None) -> List
 
     Args:
         model: A DResNet or an AdaResNet.
-        images: Images to measure the effects of a DResNet's connections on, preprocessed, `[B, C, H, W]`.
+        images: Images to measure on, preprocessed, `[B, C, H, W]`.
 
     Returns:
         One record for each connection, in the order of targets, then sources. Blocks are numbered from 1.
 
-        * DResNet: ``target``, ``source``, ``target_name``, ``source_name``, ``gate`` (value F(w)), ``weight`` (w),
-          ``sharpness`` (k, for Gauss gates) and, on ``images``, ``effect``: the norm of what the connection adds to
-          its target's input, over the norm of that input.
+        * DResNet: ``target``, ``source``, ``target_name``, ``source_name``, ``gate`` (value F(w)), ``weight`` (w) and,
+          for Gauss gates, ``sharpness`` (k).
         * AdaResNet: ``target``, ``target_name``, ``kind`` ('identity' or 'projection') and ``alpha``.
+
+        On ``images``, also what the connection adds to the input of its target (or the shortcut to the sum that the
+        block's last activation takes): ``effect``, its norm over the norm of the whole, and ``share``, its inner
+        product with the whole over the square of that norm. Shares may be negative; those of all that is added, what
+        comes without a connection included, sum to 1.
 
     Raises:
         ValueError: If the model has no learned connections, or is fused for inference.
@@ -68,17 +114,19 @@ def connections(model: nn.Module, images: Optional[torch.Tensor] = None) -> List
     if model.fused:
         raise ValueError('a fused model has no gates or skip weights any more: look at the one that it was made from.')
     if isinstance(model, AdaResNet):
+        measures = {} if images is None else _measure_adaresnet(model, images)
         return [
             dict(
                 target=i,
                 target_name=name,
                 kind='identity' if block.downsample is None else 'projection',
                 alpha=block.skip_weight.alpha.item(),
+                **measures.get(name, {}),
             )
-            for i, name in enumerate(_block_names(model), start=1)
-            for block in [model.get_submodule(name)]
+            for i, (name, block) in enumerate(blocks(model), start=1)
         ]
-    names, effects = _block_names(model), {} if images is None else _effects(model, images)
+    measures = {} if images is None else _measure_dresnet(model, images)
+    names = [name for name, _ in blocks(model)]
     records = []
     for stage in model.connections.values():
         for i, sources in stage.sources.items():
@@ -88,75 +136,84 @@ def connections(model: nn.Module, images: Optional[torch.Tensor] = None) -> List
                     target=i, source=k, target_name=names[i - 1], source_name=names[k - 1], gate=value, weight=weight)
                 if hasattr(gate, 'log_sharpness'):
                     record['sharpness'] = gate.log_sharpness.exp().item()
-                if images is not None:
-                    record['effect'] = effects[i, k]
-                records.append(record)
+                records.append({**record, **measures.get((i, k), {})})
     return records
 
 
-def plot_connections(model: nn.Module, path: Union[str, Path]) -> None:
-    """Draw a network's learned connections: gates of targets against sources, or the skip weight of each block.
+def signal_propagation(
+        model: nn.Module,
+        images: torch.Tensor,
+        targets: Optional[torch.Tensor] = None,
+        num_points: int = 32,
+) -> Dict[str, List[Dict[str, Any]]]:
+    """Measure how activations and gradients get through a network, at initialization or after training.
+
+    The mode that the model is in counts: in training mode, norms take their statistics from the images. The model is
+    left as it was, running statistics and gradients included.
 
     Args:
-        model: A DResNet or an AdaResNet.
-        path: Where to write the picture; the ending tells the format.
+        model: One of timm's ResNets, or any network of this package.
+        images: At least two images, preprocessed, `[B, C, H, W]`.
+        targets: Their classes, `[B]`, for the loss whose gradient is taken. Without them, random ones.
+        num_points: Number of points on the line from the first image to the second at which the gradient with respect
+            to the input is compared.
+
+    Returns:
+        Three lists of records:
+
+        * ``blocks``, of the output of each block: ``block``, ``name``, ``mean``, ``variance``, that of a channel over
+          images and positions, averaged over channels (Brock et al., 2021), and ``gradient_norm``, that of the
+          cross-entropy with respect to it.
+        * ``layers``, of each convolution and linear layer: ``name``, ``gradient_norm`` (of the cross-entropy with
+          respect to its weight) and ``weight_norm``.
+        * ``input_gradients``: ``distance`` of two points as a fraction of the line, and ``correlation``, the cosine of
+          the gradients there, averaged over all points that far apart. The gradients are those of one random
+          combination of the network's outputs. Where they are shattered (Balduzzi et al., 2017), it falls to 0 at once.
 
     Raises:
-        ValueError: If the model has no learned connections, or is fused for inference.
-        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: If the model is not a ResNet, or there are fewer than two images or points.
     """
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
-    from matplotlib.colors import CenteredNorm
+    if not isinstance(model, resnet.ResNet):
+        raise ValueError(f"signal_propagation is for ResNets, timm's or of this package, got a {type(model).__name__}.")
+    if len(images) < 2 or num_points < 2:
+        raise ValueError(f'signal_propagation needs two images and points or more, got {len(images)} and {num_points}.')
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()}
 
-    records = connections(model)
-    names = _block_names(model)
-    architecture = getattr(model, 'pretrained_cfg', {}).get('architecture', type(model).__name__)
-    size = 2.2 + 0.3 * len(names)
-    if isinstance(model, AdaResNet):
-        figure = Figure(figsize=(size, 3.6), layout='constrained')
-        axes = figure.subplots()
-        kinds = {'identity': 'tab:blue', 'projection': 'tab:orange'}
-        for kind, color in kinds.items():
-            chosen = [record for record in records if record['kind'] == kind]
-            axes.bar(
-                [record['target'] for record in chosen],
-                [record['alpha'] for record in chosen],
-                color=color,
-                label=kind,
-            )
-        axes.axhline(0, color='black', linewidth=0.8)
-        axes.axhline(1, color='grey', linewidth=0.8, linestyle='--')
-        axes.set_xticks(range(1, len(names) + 1), names, rotation=90)
-        for record in records if len(names) <= 16 else ():  # room for numbers
-            axes.annotate(
-                f'{record["alpha"]:.2f}', (record['target'], max(record['alpha'], 0)), xytext=(0, 2),
-                textcoords='offset points', ha='center', fontsize=7)
-        axes.set(title=f'{architecture}: skip weights', xlabel='block', ylabel='alpha (1: a ResNet)')
-        axes.legend()
-    else:
-        gates = torch.full((len(names), len(names)), float('nan'))
-        for record in records:
-            gates[record['target'] - 1, record['source'] - 1] = record['gate']
-        gates = gates[2:, :-2].numpy()
-        figure = Figure(figsize=(size, size - 0.6), layout='constrained')
-        axes = figure.subplots()
-        bounded = all(0 <= record['gate'] <= 1 for record in records)
-        scale = dict(cmap='viridis', vmin=0, vmax=1) if bounded else dict(cmap='RdBu_r', norm=CenteredNorm())
-        image = axes.imshow(gates, **scale)
-        figure.colorbar(image, label='gate F(w)', shrink=0.8)
-        if len(names) <= 16:  # room for numbers
-            for record in records:
-                red, green, blue, _ = image.to_rgba(record['gate'])
-                axes.text(
-                    record['source'] - 1, record['target'] - 3, f'{record["gate"]:.2f}', ha='center', va='center',
-                    fontsize=7, color='black' if 0.3 * red + 0.59 * green + 0.11 * blue > 0.45 else 'white')
-        axes.set_xticks(range(len(names) - 2), names[:-2], rotation=90)
-        axes.set_yticks(range(len(names) - 2), names[2:])
-        starts = [i for i, name in enumerate(names) if name.endswith('.0')][1:]
-        for start in starts:  # where a new stage begins, among sources and among targets
-            if start < len(names) - 2:
-                axes.axvline(start - 0.5, color='grey', linewidth=0.8)
-            if start > 2:
-                axes.axhline(start - 2.5, color='grey', linewidth=0.8)
-        axes.set(title=f'{architecture}: learned connections', xlabel='from block', ylabel='into block')
-    figure.savefig(path, dpi=150)
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        return functional_call(model, {**weights, **buffers}, x).flatten(1)
+
+    outputs = {}
+    with ExitStack() as stack:
+        for name, block in blocks(model):
+            stack.enter_context(block.register_forward_hook(
+                lambda block, args, output, name=name: outputs.update({name: output})))
+        output = forward(images)
+    if targets is None:
+        targets = torch.randint(output.shape[1], (len(images),), generator=generator).to(images.device)
+    layers = {
+        name: weights[f'{name}.weight'] for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))}
+    loss = F.cross_entropy(output.float(), targets)
+    gradients = torch.autograd.grad(loss, [*outputs.values(), *layers.values()])
+    gradient_norms = {name: g.norm().item() for name, g in zip([*outputs, *layers], gradients)}
+
+    steps = torch.linspace(0, 1, num_points, device=images.device).view(-1, 1, 1, 1)
+    line = torch.lerp(images[:1], images[1:2], steps.to(images.dtype)).requires_grad_()
+    direction = torch.randn(output.shape[1], generator=generator).to(output)
+    gradient, = torch.autograd.grad((forward(line) @ direction).sum(), line)
+    gradient = F.normalize(gradient.flatten(1).float(), dim=1)
+    cosines = gradient @ gradient.T
+    return dict(
+        blocks=[
+            dict(block=i, name=name, mean=y.mean().item(), variance=avg_ch_var(None, None, y.detach().float()),
+                 gradient_norm=gradient_norms[name])
+            for i, (name, y) in enumerate(outputs.items(), start=1)],
+        layers=[
+            dict(name=name, gradient_norm=gradient_norms[name], weight_norm=weight.norm().item())
+            for name, weight in layers.items()],
+        input_gradients=[
+            dict(distance=lag / (num_points - 1), correlation=cosines.diagonal(lag).mean().item())
+            for lag in range(num_points)],
+    )

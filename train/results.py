@@ -11,9 +11,6 @@ from typing import Any, Dict, List, Optional
 import timm_dresnet
 import torch
 import torch.nn as nn
-from matplotlib import colormaps
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from timm.models import save_for_hf
@@ -50,27 +47,6 @@ def plot_curves(summary: Path, path: Path) -> None:
         axes.legend()
     losses.set(title='Loss', ylabel='loss')
     accuracies.set(title='Accuracy', ylabel='accuracy, %')
-    figure.savefig(path, dpi=150)
-
-
-def plot_history(table: Path, path: Path) -> None:
-    """Draw every gate, or skip weight, over the epochs of a `connections.csv`."""
-    lines: Dict[Any, List[Any]] = {}
-    for row in read_csv(table):
-        value = float(row['gate'] if 'gate' in row else row['alpha'])
-        lines.setdefault((int(row['target']), row.get('source')), []).append((int(row['epoch']) + 1, value))
-    figure = Figure(figsize=(6, 4), layout='constrained')
-    axes = figure.subplots()
-    targets = Normalize(1, max(target for target, _ in lines))
-    for (target, _), points in lines.items():
-        color = colormaps['viridis'](targets(target))
-        axes.plot(*zip(*points), '.-', color=color, linewidth=0.8, markersize=3)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    has_gates = next(iter(lines))[1] is not None
-    axes.set(xlabel='epoch', ylabel='gate' if has_gates else 'skip weight', title='Learned connections')
-    axes.grid(alpha=0.3)
-    figure.colorbar(
-        ScalarMappable(targets, 'viridis'), ax=axes, label='block that takes', ticks=MaxNLocator(integer=True, nbins=8))
     figure.savefig(path, dpi=150)
 
 
@@ -151,7 +127,7 @@ def _draw(folder: Path) -> None:
         new = Path(name)
         plot_curves(folder / 'summary.csv', new / 'curves.png')
         if (folder / 'connections.csv').exists():
-            plot_history(folder / 'connections.csv', new / 'connections_history.png')
+            timm_dresnet.plot_history(read_csv(folder / 'connections.csv'), new / 'connections_history.png')
         for file in new.iterdir():
             replace(file, folder / file.name)
 
