@@ -69,6 +69,20 @@ def test_an_epoch_from_any_batch_on():
     assert not torch.equal(batches(loader, 0)[0][0], whole[0][0])
 
 
+@pytest.mark.parametrize('folders,create,words', [
+    (['train', 'test'], create_eval_loader, ['no folder validation', 'test and train', '--val-split']),
+    (['cat', 'dog'], create_train_loader, ['no folder train:', '--train-split']),
+])
+def test_missing_split(image_folder, tmp_path, folders, create, words):
+    for name in folders:
+        (tmp_path / name).symlink_to(image_folder / 'train')
+    with pytest.raises(ValueError) as error:
+        create(arguments('--data-dir', tmp_path), SIZE, *[10] * (create is create_train_loader), CPU)
+    assert all(word in str(error.value) for word in [str(tmp_path), *words])
+    loader = create_eval_loader(arguments('--data-dir', image_folder / 'validation'), SIZE, CPU)  # classes alone
+    assert len(loader.dataset) == 60
+
+
 def test_growing_resolution():
     args = ['--dataset', 'digits', '--epochs', 3, '--train-img-sizes', 8, 12, 16, '--train-size-schedule', 'progressive']
     one = create_train_loader(arguments(*args, '--train-size-schedule-spread', 0, '--train-size-random-mix', 0), SIZE, 10, CPU)

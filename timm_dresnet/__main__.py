@@ -14,18 +14,19 @@ from importlib.resources import files
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence
 
 import timm
 import torch
 import torch.nn as nn
-from PIL import Image, ImageOps
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from PIL import Image
+from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 from timm.models._hub import save_config_for_hf
 from timm.utils import reparameterize_model
 
 import timm_dresnet
+from timm_dresnet.classifier import Classifier
 
 _MAX_MEASURED = 128  # images to measure connections on: enough for two digits of a share
 _BATCH = 32
@@ -70,16 +71,6 @@ def load(name: str, pretrained: bool = True) -> nn.Module:
         raise Failed(f'{name} cannot be loaded: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
 
 
-def _labels(model: nn.Module) -> List[str]:
-    cfg = model.pretrained_cfg
-    names, descriptions = cfg.get('label_names'), cfg.get('label_descriptions') or {}
-    if not names and (subset := infer_imagenet_subset(model)):
-        return ImageNetInfo(subset).label_descriptions()
-    if not names:
-        names = [f'class {i}' for i in range(model.num_classes)]
-    return [descriptions.get(name, name) for name in names]
-
-
 def _find_images(paths: Sequence[str]) -> List[str]:
     """Files, those in folders, and, for '-', those that standard input names."""
     endings = Image.registered_extensions()
@@ -97,36 +88,23 @@ def _find_images(paths: Sequence[str]) -> List[str]:
     return found
 
 
-def _read_image(path: str, mode: str) -> Image.Image:
+def _read_image(path: str, classifier: Classifier) -> torch.Tensor:
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter('error', Image.DecompressionBombWarning)
-            return ImageOps.exif_transpose(image).convert(mode)
+            return classifier.preprocess(image)
     except FileNotFoundError as e:
         raise Failed(f'There is no file {path}.') from e
     except Exception as e:  # damaged files make PIL raise nearly anything
         raise Failed(f'{path} cannot be read as an image ({type(e).__name__}).') from e
 
 
-class Preprocessing:
-    """What turns files into what a model takes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        config = resolve_model_data_config(model, use_test_size=True)
-        self.size = config['input_size']
-        self.mode = {1: 'L', 3: 'RGB'}.get(self.size[0])
-        self.transform = create_transform(**config, is_training=False)
-
-    def __call__(self, path: str) -> torch.Tensor:
-        if self.mode is None:
-            raise Failed(f'The model takes images of {self.size[0]} channels, which files do not have.')
-        return self.transform(_read_image(path, self.mode))
-
-    def sample(self, paths: Sequence[str]) -> torch.Tensor:
-        """Some of the images there, evenly spread, as a batch."""
-        found = _find_images(paths)
-        step = max(1, len(found) / _MAX_MEASURED)
-        return torch.stack([self(found[int(i * step)]) for i in range(min(len(found), _MAX_MEASURED))])
+def _sample(paths: Sequence[str], classifier: Classifier) -> torch.Tensor:
+    """Some of the images there, evenly spread, as a batch."""
+    found = _find_images(paths)
+    step = max(1, len(found) / _MAX_MEASURED)
+    return torch.stack([
+        _read_image(found[int(i * step)], classifier) for i in range(min(len(found), _MAX_MEASURED))])
 
 
 def _text(value: Any) -> str:
@@ -177,28 +155,20 @@ def list_command(args: argparse.Namespace) -> None:
              'top1': None if row['top1'] is None else f'{row["top1"]:.2f} %'} for row in rows])
 
 
-@torch.inference_mode()
 def classify_command(args: argparse.Namespace) -> int:
-    model = load(args.model)
-    if not model.num_classes:
-        raise Failed(f'{args.model} has no classifier.')
-    preprocessing, labels, failed = Preprocessing(model), _labels(model), 0
+    classifier, failed = Classifier(load(args.model)), 0
     found = iter(_find_images(args.images))
     while paths := list(islice(found, _BATCH)):
-        read = []
+        images = {}
         for path in paths:
             try:
-                read.append((path, preprocessing(path)))
+                images[path] = _read_image(path, classifier)
             except Failed as e:
                 failed += 1
                 print(f'timm-dresnet classify: {e}', file=sys.stderr)
-        if not read:
+        if not images:
             continue
-        probabilities = model(torch.stack([image for _, image in read])).softmax(dim=1)
-        top = probabilities.topk(min(args.top, model.num_classes))
-        for (path, _), values, indices in zip(read, top.values.tolist(), top.indices.tolist()):
-            classes = [
-                dict(label=labels[i], index=i, probability=value) for i, value in zip(indices, values)]
+        for path, classes in zip(images, classifier(torch.stack([*images.values()]), args.top)):
             if args.json:
                 print(json.dumps(dict(image=path, classes=classes)), flush=True)
             elif args.quiet:
@@ -211,7 +181,7 @@ def classify_command(args: argparse.Namespace) -> int:
 
 def connections_command(args: argparse.Namespace) -> None:
     model = load(args.model)
-    images = Preprocessing(model).sample(args.images) if args.images else None
+    images = _sample(args.images, Classifier(model)) if args.images else None
     records = timm_dresnet.connections(model, images)
     for path, plot in ((args.out, timm_dresnet.plot_connections), (args.arcs, timm_dresnet.plot_arcs)):
         if path:
@@ -234,11 +204,11 @@ def signal_command(args: argparse.Namespace) -> None:
         trained = Path(name).is_dir() or ':' in name or '.' in name
         torch.manual_seed(0)
         model = load(name, pretrained=False)
-        preprocessing = Preprocessing(model)
         if args.images:
-            images = preprocessing.sample(args.images)
+            images = _sample(args.images, Classifier(model))
         else:
-            images = torch.randn(16, *preprocessing.size, generator=torch.Generator().manual_seed(0))
+            size = resolve_model_data_config(model)['input_size']
+            images = torch.randn(16, *size, generator=torch.Generator().manual_seed(0))
         signals[name] = timm_dresnet.signal_propagation(model.train(not trained), images)
     if args.out:
         _write_picture(args.out, lambda new: timm_dresnet.plot_signal_propagation(signals, new), args)
@@ -263,7 +233,7 @@ def prune_command(args: argparse.Namespace) -> None:
     model = load(args.model)
     if not isinstance(model, timm_dresnet.DResNet):
         raise Failed(f'{args.model} is a {type(model).__name__}: connections are pruned in a DResNet.')
-    images = Preprocessing(model).sample(args.images) if args.images else None
+    images = _sample(args.images, Classifier(model)) if args.images else None
     before = len(model.connection_pairs())
     removed = timm_dresnet.prune_connections(
         model, min_gate=args.min_gate, min_effect=args.min_effect, share=args.share, images=images)
@@ -283,8 +253,8 @@ def export_command(args: argparse.Namespace) -> None:
     def write(folder: Path) -> None:
         save_config_for_hf(model, folder / 'config.json')
         onnx_export(
-            fused, str(folder / 'model.onnx'), input_size=Preprocessing(model).size, batch_size=2, use_dynamo=True,
-            check_forward=find_spec('onnxruntime') is not None)
+            fused, str(folder / 'model.onnx'), input_size=resolve_model_data_config(model)['input_size'], batch_size=2,
+            use_dynamo=True, check_forward=find_spec('onnxruntime') is not None)
 
     _write_folder(write, args)
 

@@ -17,11 +17,15 @@ import torch.distributed as dist
 from PIL import Image
 from timm.data import FastCollateMixup, create_dataset, create_loader
 from timm.data.dataset import IterableImageDataset
+from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_split
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.readers.reader_wds import ReaderWds, WdsTargetKeyError, _decode
 from timm.data.scheduled_sampler import ScheduledBatchSampler, ScheduledTransformDataset
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 from tqdm import tqdm
+
+
+_SPLITS = {*_TRAIN_SYNONYM, *_EVAL_SYNONYM, 'test'}
 
 
 class BadImageError(Exception):
@@ -331,6 +335,14 @@ def _create_images(args: argparse.Namespace, split: str, is_training: bool, in_c
             'say what to train on: a recipe (--config train/recipes/digits.yaml), a folder of images (--data-dir DIR) '
             'or a data set that timm knows (--dataset NAME).')
     else:
+        if not args.dataset and _search_split(args.data_dir, split) == args.data_dir:
+            # timm would take all images there are: those of training to validate on
+            splits = [folder.name for folder in Path(args.data_dir).iterdir() if folder.name in _SPLITS]
+            if is_training or splits:
+                option = '--train-split' if is_training else '--val-split'
+                raise ValueError(
+                    f'{args.data_dir} has no folder {split}{", only " + " and ".join(sorted(splits)) if splits else ""}: '
+                    f'put the images there, or name another by {option}.')
         options = dict(
             split=split,
             is_training=is_training,

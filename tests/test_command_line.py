@@ -1,0 +1,228 @@
+"""`timm-dresnet`: each command through its entry point, and what it says of bad input."""
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import save_for_hf
+
+import timm_dresnet
+from conftest import ROOT
+from timm_dresnet.resnet import CIFAR10_CLASSES
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Run `timm-dresnet` in an empty folder: returns its exit status, output and messages."""
+    command, = entry_points(group='console_scripts', name='timm-dresnet')
+    main = command.load()
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args, stdin=''):
+        monkeypatch.setattr('sys.stdin', io.StringIO(stdin))
+        try:
+            status = main([str(arg) for arg in args])
+        except SystemExit as e:  # argparse
+            status = e.code
+        captured = capsys.readouterr()
+        assert 'Traceback' not in captured.err
+        return status, captured.out, captured.err
+    return call
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    """Six images in two folders, of several modes and sizes."""
+    folder = tmp_path_factory.mktemp('photos')
+    random = np.random.default_rng(0)
+    for i, (mode, size) in enumerate([('RGB', (40, 32)), ('L', (32, 32)), ('RGBA', (50, 60)), ('P', (33, 31)),
+                                      ('CMYK', (32, 48)), ('RGB', (200, 100))]):
+        path = folder / 'ab'[i % 2] / f'{i}.{"jpg" if mode == "CMYK" else "png"}'
+        path.parent.mkdir(exist_ok=True)
+        channels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(channels).convert(mode).save(path)
+    return folder
+
+
+def loaded(folder):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+
+
+def test_list(run):
+    status, out, _ = run('list', 'test_*')
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[0].split() == ['model', 'parameters', 'image_size', 'weights', 'top1', 'dataset']
+    assert [line.split()[0] for line in lines[1:]] == ['test_adaresnet.c10', 'test_dresnet.c10']
+    with (ROOT / 'hub/zoo/test_dresnet.c10/validation.csv').open() as f:
+        measured = next(csv.DictReader(f))
+    assert f'{float(measured["top1"]):.2f} %' in lines[2] and '0.10 M' in lines[2] and 'package' in lines[2]
+
+    records = json.loads(run('list', '--json')[1])
+    names = {record['model'].split('.')[0] for record in records}
+    assert names == {name for name in timm.list_models() if hasattr(timm_dresnet, name)}
+    record = next(record for record in records if record['model'] == 'adaresnet50.init_a1_in1k')
+    assert record['parameters'] == 25_557_048 and record['weights'] == 'hub' and record['top1'] is None
+    assert run('list', 'resnet56*', '--quiet') == (0, 'resnet56_cifar\n', '')
+    assert run('list', 'resnet56*', '--pretrained')[0] == 1
+    assert "'nothing*'" in run('list', 'nothing*')[2]
+
+
+@torch.no_grad()
+def test_classify(run, photos):
+    status, out, err = run('classify', photos, '--json')
+    records = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and not err
+    assert [record['image'] for record in records] == sorted(str(path) for path in photos.rglob('*.*'))
+    model = timm.create_model('test_dresnet', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    for record in records:
+        probabilities = model(transform(Image.open(record['image']).convert('RGB'))[None]).softmax(1)[0]
+        order = probabilities.argsort(descending=True)[:5].tolist()
+        assert [c['index'] for c in record['classes']] == order
+        assert [c['label'] for c in record['classes']] == [CIFAR10_CLASSES[i] for i in order]
+        assert [c['probability'] for c in record['classes']] == pytest.approx(probabilities[order].tolist(), rel=1e-3)
+
+    paths = [record['image'] for record in records]
+    best = [record['classes'][0]['label'] for record in records]
+    assert run('classify', '-', '--quiet', stdin='\n'.join(paths) + '\n') == (0, '\n'.join(best) + '\n', '')
+    status, out, _ = run('classify', paths[0], '--top', 2, '--model', 'test_adaresnet.c10')
+    assert status == 0 and out.startswith(f'{paths[0]}: ') and out.count(' %') == 2
+
+
+def test_classify_turns_photographs_upright(run, tmp_path):
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:10] = 255, 0, 0
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / 'upright.png')
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    image.rotate(90).save(tmp_path / 'turned.png', exif=exif)
+    first, second = [json.loads(line)['classes'] for line in run(
+        'classify', 'upright.png', 'turned.png', '--json')[1].splitlines()]
+    assert [c['index'] for c in first] == [c['index'] for c in second]
+
+
+def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
+    (tmp_path / 'text.png').write_text('not an image')
+    (tmp_path / 'cut.jpg').write_bytes((photos / 'a/4.jpg').read_bytes()[:300])
+    status, out, err = run('classify', 'text.png', photos / 'a/0.png', 'missing.png', 'cut.jpg')
+    assert status == 1 and len(out.splitlines()) == 1 and 'a/0.png: ' in out
+    first, second, third = err.splitlines()
+    assert 'text.png cannot be read as an image' in first and 'no file missing.png' in second and 'cut.jpg' in third
+    (tmp_path / 'empty').mkdir()
+    assert run('classify', 'empty')[0] == 1
+
+
+@pytest.mark.parametrize('args,words', [
+    (['classify', 'x.png', '--model', 'dresnet81'], ['dresnet81', 'dresnet18']),
+    (['classify', 'x.png', '--model', 'dresnet20_cifar.nowhere'], ['dresnet20_cifar', "'nowhere'", 'timm-dresnet list']),
+    (['classify', 'x.png', '--model', 'resnet20_cifar'], ['resnet20_cifar', 'without weights']),
+    (['classify', 'x.png', '--model', 'output/none'], ['no folder', 'output/none']),
+    (['classify', 'x.png', '--model', '.'], ['config.json']),
+    (['connections', 'plainnet20_cifar.c10'], ['plainnet20_cifar', "'c10'"]),
+    (['connections', 'test_dresnet', '--images', 'nowhere.png'], ['nowhere.png']),
+    (['connections', 'test_dresnet', '--out', 'map.xyz'], ['map.xyz', '.png']),
+    (['signal', 'mobilenetv3_small_050'], ['ResNets']),
+    (['prune', 'test_adaresnet', 'out', '--share', '0.5'], ['AdaResNet', 'DResNet']),
+    (['prune', 'test_dresnet', 'out', '--share', '2'], ['between 0 and 1']),
+    (['prune', 'test_dresnet', 'out', '--min-effect', '0.1'], ['images']),
+    (['fuse', 'test_dresnet', 'photos'], ['photos', 'not an empty folder']),
+    (['export', 'no_model', 'out'], ['no_model']),
+], ids=' '.join)
+def test_what_cannot_be_done(run, tmp_path, args, words):
+    (tmp_path / 'photos').mkdir()
+    (tmp_path / 'photos/kept').touch()
+    status, out, err = run(*args)
+    assert (status, out) == (1, '') and all(word in err for word in words) and len(err.splitlines()) == 1
+    assert [path.name for path in tmp_path.rglob('*')] == ['photos', 'kept']
+
+
+@pytest.mark.parametrize('args', [
+    [], ['unknown'], ['classify'], ['prune', 'test_dresnet', 'out'], ['export', 'test_dresnet', 'out', '--format', 'zip'],
+    ['prune', 'test_dresnet', 'out', '--share', '0.5', '--min-gate', '1'],
+], ids=str)
+def test_wrong_command_lines(run, args):
+    status, out, err = run(*args)
+    assert (status, out) == (2, '') and 'usage: timm-dresnet' in err
+
+
+@pytest.mark.parametrize('command', ['list', 'classify', 'connections', 'signal', 'fuse', 'prune', 'export'])
+def test_help(run, command):
+    assert command in run('--help')[1]
+    status, out, _ = run(command, '--help')
+    assert status == 0 and f'examples:\n  timm-dresnet {command}' in out
+    assert run('--version')[1].strip() == timm_dresnet.__version__
+
+
+def test_connections(run, photos, tmp_path):
+    model = timm.create_model('test_dresnet', pretrained=True)
+    expected = timm_dresnet.connections(model)
+    assert json.loads(run('connections', 'test_dresnet', '--json')[1]) == expected
+    status, out, _ = run('connections', 'test_dresnet.c10', '--csv')
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [float(row['gate']) for row in rows] == [record['gate'] for record in expected]
+    table = run('connections', 'test_dresnet', '--images', photos)[1].splitlines()
+    assert table[0].split()[-2:] == ['effect', 'share'] and len(table) == 1 + len(expected)
+    save_for_hf(timm.create_model('test_adaresnet'), 'ada', safe_serialization=True)
+    status, out, err = run('connections', 'ada', '--out', 'new/map.png', '--arcs', 'arcs.svg', '--images', photos)
+    assert status == 0 and 'alpha' in out and err == 'Wrote new/map.png\nWrote arcs.svg\n'
+    assert Image.open('new/map.png').size > (300, 300) and '<svg' in (tmp_path / 'arcs.svg').read_text()
+    assert run('connections', 'ada', '--out', 'map.png', '--quiet')[2] == ''
+
+
+def test_signal(run, photos):
+    status, out, err = run('signal', 'plainnet20_cifar', 'test_dresnet.c10', '--json', '--out', 'signal.pdf')
+    signals = json.loads(out)
+    assert status == 0 and err == 'Wrote signal.pdf\n' and list(signals) == ['plainnet20_cifar', 'test_dresnet.c10']
+    assert [len(signal['blocks']) for signal in signals.values()] == [9, 6]
+    blocks, correlations = run('signal', 'test_adaresnet', '--images', photos)[1].split('\n\n')
+    assert len(blocks.splitlines()) == 7 and 'variance' in blocks and 'correlation at' in correlations
+
+
+@torch.no_grad()
+def test_models_to_folders(run, tmp_path):
+    model, x = timm.create_model('test_dresnet', pretrained=True).eval(), torch.randn(2, 3, 32, 32)
+    assert run('export', 'test_dresnet', 'models/exported')[0] == 0
+    assert torch.equal(loaded('models/exported')(x), model(x))
+    assert loaded('models/exported').pretrained_cfg['label_names'] == list(CIFAR10_CLASSES)
+
+    status, out, err = run('prune', 'models/exported', 'models/pruned', '--share', 0.5)
+    assert status == 0 and not out and err.startswith('Removed 5 of 10 connections.\nWrote models/pruned, ')
+    assert len(loaded('models/pruned').connection_pairs()) == 5
+
+    assert run('fuse', 'models/exported', 'models/fused', '-q') == (0, '', '')
+    assert loaded('models/fused').fused
+    torch.testing.assert_close(loaded('models/fused')(x), model(x), rtol=1e-4, atol=1e-4)
+    assert run('classify', ROOT / 'train/pictures/connections.png', '--model', 'models/fused', '-q')[1].strip() \
+        in CIFAR10_CLASSES
+
+    import onnxruntime
+    assert run('export', 'models/pruned', 'models/onnx', '--format', 'onnx')[0] == 0
+    session = onnxruntime.InferenceSession(tmp_path / 'models/onnx/model.onnx')
+    x = torch.randn(5, 3, 32, 32)
+    output = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(output), loaded('models/pruned')(x), rtol=1e-3, atol=1e-3)
+    config = json.loads((tmp_path / 'models/onnx/config.json').read_text())
+    assert config['architecture'] == 'test_dresnet'
+    assert sorted(path.name for path in (tmp_path / 'models').iterdir()) == ['exported', 'fused', 'onnx', 'pruned']
+
+
+def test_in_a_pipe(photos):
+    command = [sys.executable, '-m', 'timm_dresnet']
+    first = subprocess.Popen([*command, 'classify', str(photos), '--json'], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    line = first.stdout.readline()
+    first.stdout.close()  # like head -n 1
+    assert json.loads(line)['image'] and first.wait() == 0 and first.stderr.read() == b''
+    names = subprocess.run(
+        f'ls {photos}/*/* | {" ".join(command)} classify - --quiet | sort | uniq -c', shell=True, capture_output=True,
+        text=True, env=dict(os.environ, PYTHONWARNINGS='error::DeprecationWarning:timm_dresnet'))
+    assert sum(int(row.split()[0]) for row in names.stdout.splitlines()) == 6 and not names.stderr

@@ -1,0 +1,67 @@
+"""A model with what stands before and after it: from images to names of classes."""
+from typing import Any, Dict, List
+
+import torch
+import torch.nn as nn
+from PIL import Image, ImageOps
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+
+__all__ = ['Classifier']
+
+
+class Classifier:
+    """Says what images show.
+
+    Attributes:
+        model: The model.
+        input_size: Channels, height and width of what it takes.
+        labels: Names of its classes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """
+        Args:
+            model: A model of timm, in evaluation mode, for images of one channel or three.
+
+        Raises:
+            ValueError: If it takes other images, or has no classes.
+        """
+        cfg, config = model.pretrained_cfg, resolve_model_data_config(model, use_test_size=True)
+        self.model = model
+        self.input_size = config['input_size']
+        modes = {1: 'L', 3: 'RGB'}
+        if self.input_size[0] not in modes:
+            raise ValueError(f'the model takes images of {self.input_size[0]} channels, which pictures do not have.')
+        if not model.num_classes:
+            raise ValueError('the model has no classes to choose from: its num_classes is 0.')
+        self._mode = modes[self.input_size[0]]
+        self._transform = create_transform(**config, is_training=False)
+        names, subset = cfg.get('label_names'), infer_imagenet_subset(model)
+        if names:
+            descriptions = cfg.get('label_descriptions') or {}
+            self.labels = [descriptions.get(name, name) for name in names]
+        elif subset:
+            self.labels = ImageNetInfo(subset).label_descriptions()
+        else:
+            self.labels = [f'class {i}' for i in range(model.num_classes)]
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """What the model takes of a picture, turned upright, `[C, H, W]`."""
+        return self._transform(ImageOps.exif_transpose(image).convert(self._mode))
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor, top: int = 5) -> List[List[Dict[str, Any]]]:
+        """Classify a batch.
+
+        Args:
+            images: Preprocessed, `[B, C, H, W]`.
+            top: Number of classes to name.
+
+        Returns:
+            For each image its best classes, best first: ``label``, ``index`` and ``probability``.
+        """
+        best = self.model(images).softmax(dim=1).topk(min(top, self.model.num_classes))
+        return [
+            [dict(label=self.labels[i], index=i, probability=value) for value, i in zip(values, indices)]
+            for values, indices in zip(best.values.tolist(), best.indices.tolist())
+        ]
