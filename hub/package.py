@@ -27,7 +27,8 @@ def package(folder: Path, tag: str) -> None:
         tag: Model name and tag, such as 'test_dresnet.c10'.
 
     Raises:
-        ValueError: If the folder does not hold such a model, or half precision cannot hold its weights.
+        ValueError: If the folder does not hold such a model, half precision cannot hold its weights, or the record of
+            its run is damaged.
     """
     try:
         model = timm.create_model(f'local-dir:{folder}', pretrained=True)
@@ -37,6 +38,7 @@ def package(folder: Path, tag: str) -> None:
     if not re.fullmatch(rf'{architecture}\.\w+', tag):
         raise ValueError(
             f'{folder} holds a {architecture}: give its tag as {architecture}.RECIPE_DATASET, not {tag!r}.')
+    run = Run.read(folder)
     weights = {name: w.half() if w.is_floating_point() else w for name, w in model.state_dict().items()}
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
@@ -61,7 +63,7 @@ def package(folder: Path, tag: str) -> None:
         (record / name).unlink(missing_ok=True)
         if (folder / name).exists():
             shutil.copyfile(folder / name, record / name)
-    if (run := Run.read(record)).args:
+    if run.args:
         (record / 'args.yaml').write_text(yaml.safe_dump(run.args))
 
 

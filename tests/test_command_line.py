@@ -16,6 +16,7 @@ from timm.models import save_for_hf
 
 import timm_dresnet
 from conftest import ROOT
+from timm_dresnet.classifier import Classifier
 from timm_dresnet.resnet import CIFAR10_CLASSES
 
 
@@ -96,6 +97,18 @@ def test_classify(run, photos):
     assert run('classify', '-', '--quiet', stdin='\n'.join(paths) + '\n') == (0, '\n'.join(best) + '\n', '')
     status, out, _ = run('classify', paths[0], '--top', 2, '--model', 'test_adaresnet.c10')
     assert status == 0 and out.startswith(f'{paths[0]}: ') and out.count(' %') == 2
+
+
+@pytest.mark.parametrize('names,classes,expected', [
+    (['n01443537', 'n01629819', 'n99999999'], 3, ['goldfish, Carassius auratus', 'European fire salamander, Salamandra '
+                                                  'salamandra', 'n99999999']),
+    (None, 3, ['class 0', 'class 1', 'class 2']),
+    (None, 1000, ['tench, Tinca tinca', 'goldfish, Carassius auratus']),
+])
+def test_class_names(names, classes, expected):
+    model = timm.create_model('test_dresnet', num_classes=classes, pretrained_cfg_overlay=dict(label_names=names))
+    labels = Classifier(model).labels
+    assert len(labels) == classes and labels[:3] == expected or labels[:2] == expected
 
 
 def test_classify_turns_photographs_upright(run, tmp_path):

@@ -40,6 +40,14 @@ def test_records_of_a_dresnet(gate):
     assert ('sharpness' in record) == (gate == 'gauss')
 
 
+@pytest.mark.parametrize('kwargs', [dict(), dict(gate='gauss'), dict(gate='linear'), dict(connection_rank=4)], ids=str)
+def test_gates_of_a_block_start_with_a_sum_of_one_half(kwargs):
+    for record in timm_dresnet.connections(timm.create_model('dresnet18', **kwargs)):
+        assert record['gate'] == pytest.approx(0.5 / (record['target'] - 2))
+    model = timm.create_model('dresnet18', gate_init=0.3, **kwargs)
+    assert all(record['gate'] == pytest.approx(0.3) for record in timm_dresnet.connections(model))
+
+
 def test_records_of_an_adaresnet():
     model = timm.create_model('adaresnet18', skip_weight='per_kind', skip_init=0.25)
     with torch.no_grad():
@@ -182,7 +190,7 @@ def test_variance_grows_with_depth_where_nothing_normalizes():
     assert 1.5 ** 26 < variances[-1] / variances[0] < 2 ** 26
     variances, *_ = signal_of('resnet56_cifar')
     assert 0.5 < variances[-1] / variances[0] < 2
-    variances, *_ = signal_of('dresnet20_cifar')
+    variances, *_ = signal_of('dresnet20_cifar', gate_init=0.5)
     assert variances[3] < variances[4] < variances[5]  # what the connections of its second stage have added
 
 

@@ -1,4 +1,5 @@
 """A model with what stands before and after it: from images to names of classes."""
+import re
 from typing import Any, Dict, List
 
 import torch
@@ -39,6 +40,8 @@ class Classifier:
         names, subset = cfg.get('label_names'), infer_imagenet_subset(model)
         if names:
             descriptions = cfg.get('label_descriptions') or {}
+            if all(re.fullmatch(r'n\d{8}', name) for name in names):  # as in ImageNet and its subsets
+                descriptions = {**ImageNetInfo().label_descriptions(as_dict=True), **descriptions}
             self.labels = [descriptions.get(name, name) for name in names]
         elif subset:
             self.labels = ImageNetInfo(subset).label_descriptions()

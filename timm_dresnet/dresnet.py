@@ -63,7 +63,7 @@ class DResNet(ResNet):
             block: Union[Type[nn.Module], Tuple[Type[nn.Module], ...]],
             layers: Tuple[int, ...],
             gate: str = 'sigmoid',
-            gate_init: float = 0.5,
+            gate_init: Optional[float] = None,
             connection_rank: Optional[int] = None,
             pruned_connections: Sequence[Tuple[int, int]] = (),
             norm_layer: LayerType = nn.BatchNorm2d,
@@ -77,7 +77,8 @@ class DResNet(ResNet):
             block: Block class of all stages, or one for each.
             layers: Number of blocks in each stage.
             gate: Gate function F, 'sigmoid', 'gauss' or 'linear'.
-            gate_init: Gate value F(w) to start from.
+            gate_init: Gate value F(w) to start from. None starts the n gates of a block at 0.5 / n: where each started at
+                0.5, what many connections add would drown what the block before puts out.
             connection_rank: Number of channels in which the connections into a block are summed, before one 1x1
                 convolution expands the sum to the block's input. None sums them at full width. ``timm.create_model``
                 drops arguments that are None, so for a model whose default is a number say it to its entry point.

@@ -405,7 +405,7 @@ class Connections(StageConnections):
             first_block: int,
             out_chs: int,
             gate: str = 'sigmoid',
-            gate_init: float = 0.5,
+            gate_init: Optional[float] = None,
             rank: Optional[int] = None,
             norm_layer: LayerType = nn.BatchNorm2d,
             device=None,
@@ -418,7 +418,7 @@ class Connections(StageConnections):
             first_block: Number of the stage's first block.
             out_chs: Channels of the stage's output.
             gate: Gate function, a key of `GATES`.
-            gate_init: Gate value to start from.
+            gate_init: Gate value to start from. None is 0.5 / n for the n gates of a target.
             rank: Number of channels in which the connections into a block are summed, before a 1x1 convolution
                 expands the sum to ``out_chs``. None sums them in ``out_chs`` channels.
             norm_layer: Norm layer.
@@ -426,7 +426,9 @@ class Connections(StageConnections):
         super().__init__(sources, first_block)
         dd = {'device': device, 'dtype': dtype}
         self.gates = nn.ModuleDict({
-            str(i): create_gate(gate, len(numbers), gate_init, **dd) for i, numbers in sources.items()})
+            str(i): create_gate(gate, len(numbers), 0.5 / len(numbers) if gate_init is None else gate_init, **dd)
+            for i, numbers in sources.items()
+        })
         self.projections = nn.ModuleDict({
             str(k): Projection(source_chs[k - 1], rank or out_chs, targets, norm_layer, **dd)
             for k, targets in self.targets.items()
