@@ -276,6 +276,10 @@ def plot_signal_propagation(
     correlations.set(
         title='Shattering', xlabel='distance of two inputs', ylabel='correlation of the gradients there',
         ylim=(min(-0.1, correlations.get_ylim()[0]), 1.05))
+    for axes in (variances, gradients):  # at least two decades: what hardly changes looks like it
+        low, high = axes.get_ylim()
+        middle = (low * high) ** 0.5
+        axes.set(ylim=(min(low, middle / 10), max(high, middle * 10)))
     for axes in (variances, gradients, correlations):
         axes.grid(alpha=0.3)
     figure.legend(*variances.get_legend_handles_labels(), loc='outside lower center', ncols=min(5, len(signals)))
