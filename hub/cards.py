@@ -158,7 +158,11 @@ def _describe_connections(model: nn.Module) -> str:
 
 def _describe_training(run: Run, size: int) -> str:
     args = run.args
-    what = [f'{args["epochs"]} epochs on {run.dataset} at {size}x{size}', f'seed {args["seed"]}', args['opt']]
+    what = [f'{args["epochs"]} epochs on {run.dataset} at {size}x{size}']
+    if sizes := args.get('train_img_sizes'):
+        what.append(f'on images that grow from {min(sizes)}x{min(sizes)}' if args['train_size_schedule'] == 'progressive'
+                    else f'on images of {min(sizes)} to {max(sizes)} pixels')
+    what += [f'seed {args["seed"]}', args['opt']]
     if args.get('lr'):
         what.append(f'learning rate {args["lr"]:g}')
     what.append(f'batches of {args["batch_size"]}')
@@ -222,7 +226,7 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
         template_path=str(Path(__file__).parent / 'model_card.md.j2'),
         title=title,
         name=name,
-        about=_ABOUT.get(family, 'A residual network.'),
+        about=_ABOUT.get(family, 'An image classifier.'),
         architecture=cfg['architecture'],
         arguments=''.join(f', `{key}={value!r}`' for key, value in args.items()),
         parameters=f'{sum(parameter.numel() for parameter in model.parameters()):,}',

@@ -176,6 +176,8 @@ def create_pair(pair: Pair, model_kwargs: Dict[str, Any]) -> Dict[str, nn.Module
     models = {}
     for role, name, kwargs in (('model', pair.model, model_kwargs), ('baseline', pair.baseline, {})):
         args = parse_args(['--model', name])
+        cfg = timm.get_pretrained_cfg(pair.baseline)  # None if there is no such model
+        args.num_classes = cfg and cfg.num_classes
         args.model_kwargs = kwargs
         models[role] = create_model(args)
     return models
