@@ -47,7 +47,8 @@ def test_report(tmp_path, monkeypatch, capsys):
     for result, name in zip(report['results'], ('test_dresnet', 'test_resnet')):
         variants = result['variants']
         assert set(variants) == {'model', 'prepared_model', 'baseline', 'prepared_baseline'}
-        assert variants['model']['parameters'] == sum(p.numel() for p in timm.create_model(name).parameters())
+        assert variants['model']['parameters'] == sum(
+            p.numel() for p in timm.create_model(name, num_classes=1000).parameters())
         for key, variant in variants.items():
             trained = not key.startswith('prepared')
             assert ('step_seconds' in variant) == ('peak_memory' in variant) == trained

@@ -283,5 +283,6 @@ def test_errors(args, words):
 
 
 def test_empty_folder(tmp_path):
+    (tmp_path / 'train').mkdir()
     with pytest.raises(ValueError, match='0 images'):
         create_train_loader(arguments('--data-dir', tmp_path), SIZE, 10, CPU)
