@@ -1,4 +1,5 @@
 """A repository on the Hugging Face Hub: built in a folder, pushed in one commit, and loaded back."""
+import json
 import shutil
 import tempfile
 import time
@@ -94,6 +95,7 @@ def build(job: Job, folder: Path) -> nn.Module:
                 f'{job.folder} holds no {name}: give the folder of a finished run, or what timm.models.save_for_hf has '
                 'written with safe_serialization=True.')
     try:
+        _drop_num_classes(folder / 'config.json')
         model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     except Exception as e:  # whatever a damaged file makes timm and safetensors raise
         raise ValueError(f'{job.folder} holds no model that timm can load: {e}') from e
@@ -110,6 +112,14 @@ def build(job: Job, folder: Path) -> nn.Module:
                 f'{type(e).__name__} {e}.') from e
         card.save(folder / 'README.md')
     return model
+
+
+def _drop_num_classes(path: Path) -> None:
+    # timm 1.0.31 says it twice, and transformers 5.23 passes both on to one function
+    config = json.loads(path.read_text())
+    if config.get('model_args', {}).get('num_classes') == config.get('num_classes'):
+        config['model_args'].pop('num_classes', None)
+        path.write_text(json.dumps(config, indent=2))
 
 
 def show(job: Job, folder: Path) -> None:

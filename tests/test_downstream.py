@@ -1,0 +1,196 @@
+"""The models in the libraries that people use timm's models with. Each test is skipped where its library is missing."""
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.models import save_for_hf
+from timm.utils import reparameterize_model
+
+from hub.repository import Job, build
+
+MODELS = ['dresnet18', 'adaresnet18']
+
+
+def images(count=2, size=64):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def check_trains(model, loss):
+    """That every parameter gets a finite gradient."""
+    loss.backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not missing
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_segmentation_models_pytorch(name):
+    smp = pytest.importorskip('segmentation_models_pytorch')
+    for decoder in (smp.Unet, smp.FPN, smp.DeepLabV3Plus):
+        model = decoder(f'tu-{name}', encoder_weights=None, classes=4)
+        mask = model(images())
+        assert mask.shape == (2, 4, 64, 64)
+    assert model.encoder.out_channels == [3, 64, 64, 128, 256, 512]
+    check_trains(model, F.cross_entropy(mask, torch.zeros(2, 64, 64, dtype=torch.long)))
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A model as it is published, with names of its classes."""
+    torch.manual_seed(0)
+    saved, published = tmp_path_factory.mktemp('saved'), tmp_path_factory.mktemp('published')
+    model = timm.create_model('test_dresnet', num_classes=3)
+    save_for_hf(model, saved, dict(label_names=['cat', 'dog', 'owl']), safe_serialization=True)
+    build(Job(saved, 'me/test_dresnet'), published)
+    return published
+
+
+@torch.no_grad()
+def test_transformers(folder, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    model = transformers.TimmWrapperForImageClassification.from_pretrained(folder).eval()
+    expected = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    torch.testing.assert_close(model(images(size=32)).logits, expected(images(size=32)))
+    assert model.config.id2label == {0: 'cat', 1: 'dog', 2: 'owl'}
+    model.save_pretrained(tmp_path)
+    again = transformers.TimmWrapperForImageClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(images(size=32)).logits, expected(images(size=32)))
+
+    processor = transformers.TimmWrapperImageProcessor.from_pretrained(folder)
+    classify = transformers.pipeline('image-classification', model=model, image_processor=processor)
+    assert {result['label'] for result in classify(Image.new('RGB', (40, 50), 'red'))} == {'cat', 'dog', 'owl'}
+
+
+def test_transformers_trainer(folder, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    pytest.importorskip('accelerate')
+    model = transformers.TimmWrapperForImageClassification.from_pretrained(folder)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    data = [dict(pixel_values=image, labels=i % 3) for i, image in enumerate(images(8, 32))]
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True, save_strategy='no')
+    transformers.Trainer(model, arguments, train_dataset=data).train()
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_transformers_backbone(name):
+    transformers = pytest.importorskip('transformers')
+    config = transformers.TimmBackboneConfig(backbone=name, use_pretrained_backbone=False, out_indices=[1, 2, 3, 4])
+    backbone = transformers.TimmBackbone(config)
+    assert [tuple(f.shape[1:]) for f in backbone(images()).feature_maps] == [
+        (64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2)]
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_fastai(name, tmp_path):
+    vision = pytest.importorskip('fastai.vision.all')
+    random = np.random.default_rng(0)
+    for label in ('cat', 'dog'):
+        (tmp_path / label).mkdir()
+        for i in range(8):
+            Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / label / f'{i}.png')
+    data = vision.ImageDataLoaders.from_folder(tmp_path, valid_pct=0.25, bs=4, item_tfms=vision.Resize(64), num_workers=0)
+    learner = vision.vision_learner(data, name, pretrained=False, metrics=vision.accuracy)
+    with learner.no_bar(), learner.no_logging():
+        learner.fine_tune(1)
+    assert len(learner.recorder.values[-1]) == 3 and np.isfinite(learner.recorder.values[-1]).all()
+    learner.export(tmp_path / 'learner.pkl')
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_lightning(name, tmp_path):
+    lightning = pytest.importorskip('lightning')
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = timm.create_model(name, num_classes=3)
+
+        def training_step(self, batch, index):
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = torch.utils.data.DataLoader(list(zip(images(8), torch.arange(8) % 3)), batch_size=4)
+    options = dict(accelerator='cpu', logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    trainer = lightning.Trainer(max_epochs=1, **options)
+    trainer.fit(Module(), data)
+    trainer.save_checkpoint(tmp_path / 'last.ckpt')
+    again = lightning.Trainer(max_epochs=2, **options)
+    again.fit(Module(), data, ckpt_path=tmp_path / 'last.ckpt', weights_only=True)
+    assert again.global_step == 4
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_torchvision_detection(name):
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.rpn import AnchorGenerator
+    from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+
+    class Backbone(torch.nn.Module):
+        out_channels = 32
+
+        def __init__(self):
+            super().__init__()
+            self.body = timm.create_model(name, features_only=True, out_indices=(2, 3, 4))
+            self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), self.out_channels)
+
+        def forward(self, x):
+            return self.fpn({str(i): feature for i, feature in enumerate(self.body(x))})
+
+    model = FasterRCNN(
+        Backbone(), 3, min_size=96, max_size=96,
+        rpn_anchor_generator=AnchorGenerator(((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3),
+        box_roi_pool=MultiScaleRoIAlign(['0', '1', '2'], 7, 2))
+    targets = [dict(boxes=torch.tensor([[10., 10., 50., 60.]]), labels=torch.tensor([1])) for _ in range(2)]
+    losses = model(list(images(size=96)), targets)
+    check_trains(model, sum(losses.values()))
+    assert set(model.eval()(list(images(size=96)))[0]) == {'boxes', 'labels', 'scores'}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_pytorch_grad_cam(name):
+    cam = pytest.importorskip('pytorch_grad_cam')
+    model = timm.create_model(name, num_classes=5).eval()
+    with cam.GradCAM(model=model, target_layers=[model.layer4[-1]]) as grad_cam:
+        maps = grad_cam(input_tensor=images(), targets=None)
+    assert maps.shape == (2, 64, 64) and np.isfinite(maps).all() and maps.max() > 0
+
+
+@pytest.mark.parametrize('name', MODELS)
+@torch.no_grad()
+def test_int8_in_onnx_runtime(name, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from timm.utils.onnx import onnx_export
+
+    torch.manual_seed(0)
+    fused = reparameterize_model(timm.create_model(name, num_classes=10).eval())
+    onnx_export(fused, str(tmp_path / 'model.onnx'), input_size=(3, 64, 64), batch_size=2, use_dynamo=True, check=False)
+
+    class Reader(CalibrationDataReader):
+        batches = iter(images(8).split(2))
+
+        def get_next(self):
+            batch = next(self.batches, None)
+            return None if batch is None else {'input0': batch.numpy()}
+
+    quantize_static(
+        tmp_path / 'model.onnx', tmp_path / 'int8.onnx', Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
+    output, = onnxruntime.InferenceSession(tmp_path / 'int8.onnx').run(None, {'input0': images().numpy()})
+    expected = fused(images())
+    assert F.cosine_similarity(torch.from_numpy(output), expected).min() > 0.95
+    assert (tmp_path / 'int8.onnx').stat().st_size < 0.4 * (tmp_path / 'model.onnx').stat().st_size
+
+
+@pytest.mark.parametrize('name', MODELS)
+@torch.no_grad()
+def test_int8_weights_in_torchao(name):
+    quantization = pytest.importorskip('torchao.quantization')
+    model = timm.create_model(name, num_classes=10).eval()
+    expected = model(images())
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())  # of its linear layers
+    assert F.cosine_similarity(model(images()), expected).min() > 0.999
