@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError)
 from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf
+from timm_dresnet.untrusted import load_folder
 
 from .cards import PICTURES, TABLES, ZOO, Run, model_card
 
@@ -89,16 +90,11 @@ def build(job: Job, folder: Path) -> nn.Module:
             save_for_hf(timm.create_model(job.model, pretrained=True), folder, safe_serialization=True)
         except RuntimeError as e:
             raise ValueError(f'{job.model} cannot be loaded: {e}') from e
-    for name in ('model.safetensors', 'config.json'):
-        if not (folder / name).exists():
-            raise ValueError(
-                f'{job.folder} holds no {name}: give the folder of a finished run, or what timm.models.save_for_hf has '
-                'written with safe_serialization=True.')
+    _drop_num_classes(folder / 'config.json')
     try:
-        _drop_num_classes(folder / 'config.json')
-        model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    except Exception as e:  # whatever a damaged file makes timm and safetensors raise
-        raise ValueError(f'{job.folder} holds no model that timm can load: {e}') from e
+        model = load_folder(folder)
+    except ValueError as e:
+        raise ValueError(str(e).replace(str(folder), str(job.folder))) from e
     if not torch.isfinite(_logits(model)).all():
         raise ValueError(f'the model in {job.folder} puts out numbers that are not finite.')
     if not (folder / 'README.md').exists():  # one that its author has written is better
@@ -116,10 +112,13 @@ def build(job: Job, folder: Path) -> nn.Module:
 
 def _drop_num_classes(path: Path) -> None:
     # timm 1.0.31 says it twice, and transformers 5.23 passes both on to one function
-    config = json.loads(path.read_text())
-    if config.get('model_args', {}).get('num_classes') == config.get('num_classes'):
-        config['model_args'].pop('num_classes', None)
-        path.write_text(json.dumps(config, indent=2))
+    try:
+        config = json.loads(path.read_text())
+        if config['model_args']['num_classes'] == config['num_classes']:
+            del config['model_args']['num_classes']
+            path.write_text(json.dumps(config, indent=2))
+    except (OSError, ValueError, TypeError, KeyError):
+        return  # whoever loads it says what is wrong
 
 
 def show(job: Job, folder: Path) -> None:

@@ -315,8 +315,8 @@ def test_folder_may_change_meanwhile(alice, folders, tmp_path):
 @pytest.mark.parametrize('damage,message', [
     (lambda folder: shutil.rmtree(folder), 'there is no folder'),
     (lambda folder: (folder / 'model.safetensors').unlink(), 'holds no model.safetensors'),
-    (lambda folder: (folder / 'config.json').write_text('{"architecture": "dresnet17"}'), 'no model that timm can load'),
-    (lambda folder: (folder / 'model.safetensors').write_bytes(b'\x80\x04.'), 'no model that timm can load'),
+    (lambda folder: (folder / 'config.json').write_text('{"architecture": "dresnet17"}'), "no architecture 'dresnet17'"),
+    (lambda folder: (folder / 'model.safetensors').write_bytes(b'\x80\x04.'), 'model.safetensors is damaged'),
     (lambda folder: (folder / 'args.yaml').write_text('a: [1'), 'a damaged file of its run'),
     (lambda folder: (folder / 'args.yaml').write_text('model: x'), 'does not say batch_size, epochs, opt, seed'),
     (lambda folder: (folder / 'summary.csv').write_text('epoch,eval_top1\n0,50\n'), 'the record of the run in'),

@@ -27,6 +27,7 @@ from timm.utils import reparameterize_model
 
 import timm_dresnet
 from timm_dresnet.classifier import Classifier
+from timm_dresnet.untrusted import load_folder
 
 _MAX_MEASURED = 128  # images to measure connections on: enough for two digits of a share
 _BATCH = 32
@@ -49,12 +50,11 @@ def load(name: str, pretrained: bool = True) -> nn.Module:
 
     Raises:
         Failed: If there is no such model, or its weights cannot be loaded.
+        ValueError: If a folder does not hold a model, or it is damaged.
     """
     if Path(name).is_dir():
-        if not (Path(name) / 'config.json').exists():
-            raise Failed(f'{name} holds no config.json: it is not the folder of a model.')
-        name = f'local-dir:{name}'
-    elif ':' not in name:
+        return load_folder(Path(name))
+    if ':' not in name:
         architecture, _, tag = name.partition('.')
         if not timm.is_model(architecture):
             near = difflib.get_close_matches(architecture, timm.list_models())

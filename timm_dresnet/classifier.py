@@ -7,7 +7,14 @@ import torch.nn as nn
 from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 
-__all__ = ['Classifier']
+__all__ = ['Classifier', 'convert_image']
+
+
+def convert_image(image: Image.Image, mode: str) -> Image.Image:
+    """Convert a picture to a mode of PIL, those of 16 bits too, which PIL would cut off at 255."""
+    if image.mode.startswith('I'):
+        image = image.point(lambda value: value * (1 / 256)).convert('L')
+    return image.convert(mode)
 
 
 class Classifier:
@@ -50,7 +57,7 @@ class Classifier:
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """What the model takes of a picture, turned upright, `[C, H, W]`."""
-        return self._transform(ImageOps.exif_transpose(image).convert(self._mode))
+        return self._transform(convert_image(ImageOps.exif_transpose(image), self._mode))
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, top: int = 5) -> List[List[Dict[str, Any]]]:

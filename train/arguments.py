@@ -1,12 +1,15 @@
 """The arguments of a run: those of timm's train.py, by the same names, from a YAML recipe and the command line."""
 import argparse
 import difflib
+import reprlib
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, List, Optional
 
 import torch
 import yaml
 from timm.utils import ParseKwargs
+
+_MAX_RECIPE = 2 ** 20  # bytes
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -208,23 +211,68 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _wanted(action: argparse.Action, value: Any) -> Optional[str]:
+    """What a recipe should hold for an argument, if that is not what it holds."""
+    if value is None:
+        return None
+    if isinstance(action, argparse._StoreTrueAction):
+        return None if isinstance(value, bool) else 'true or false'
+    if isinstance(action, ParseKwargs):  # nothing nested: the aliases of YAML make bombs of that
+        flat = isinstance(value, dict) and all(
+            isinstance(key, str) and (_is_scalar(v) or isinstance(v, list) and all(map(_is_scalar, v)))
+            for key, v in value.items())
+        return None if flat else 'arguments, one "key: value" a line'
+    wanted = f'one of {", ".join(action.choices)}' if action.choices else {
+        int: 'a whole number', float: 'a number', None: 'text'}[action.type]
+    if action.nargs in (None, '?'):
+        return None if _fits(action, value) else wanted
+    number = action.nargs if isinstance(action.nargs, int) else None
+    if isinstance(value, list) and number in (None, len(value)) and all(_fits(action, v) for v in value):
+        return None
+    return f'a list{f" of {number}" if number else ""}, each {wanted}'
+
+
+def _fits(action: argparse.Action, value: Any) -> bool:
+    if action.choices:
+        return value in action.choices
+    if action.type is None:
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return False
+    try:
+        return action.type(value) == float(value)  # YAML reads 1e-5 as text
+    except (ValueError, OverflowError):
+        return False
+
+
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     """Parse the command line over the recipe that it names. What is wrong ends the program with one sentence."""
     parser = create_parser()
     config, _ = parser.parse_known_args(argv)
     if config.config:
+        path = Path(config.config)
         try:
-            recipe = yaml.safe_load(Path(config.config).read_text()) or {}
+            if path.stat().st_size > _MAX_RECIPE:
+                parser.error(f'{path} is not a recipe: it has more than {_MAX_RECIPE:,} bytes.')
+            recipe = yaml.safe_load(path.read_text()) or {}
         except OSError as e:
-            parser.error(f'{config.config} cannot be read: {e.strerror}.')
-        except (UnicodeDecodeError, yaml.YAMLError) as e:
-            parser.error(f'{config.config} is not a YAML recipe: {e}')
+            parser.error(f'{path} cannot be read: {e.strerror}.')
+        except (ValueError, RecursionError, yaml.YAMLError) as e:
+            parser.error(f'{path} is not a YAML recipe: {" ".join(str(e).split())}')
         if not isinstance(recipe, dict):
-            parser.error(f'{config.config} must hold one "key: value" a line, not a {type(recipe).__name__}.')
-        known = set(vars(config)) - {'config'}
-        for key in set(recipe) - known:
-            near = difflib.get_close_matches(str(key), known)
-            parser.error(f'{config.config}: unknown key {key!r}'
-                         + (f', did you mean {" or ".join(near)}?' if near else '; see --help for all.'))
+            parser.error(f'{path} must hold one "key: value" a line, not a {type(recipe).__name__}.')
+        actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
+        for key, value in recipe.items():
+            if key not in actions:
+                near = difflib.get_close_matches(str(key), actions)
+                parser.error(f'{path}: unknown key {reprlib.repr(key)}'
+                             + (f', did you mean {" or ".join(near)}?' if near else '; see --help for all.'))
+            wanted = _wanted(actions[key], value)
+            if wanted:
+                parser.error(f'{path}: {key} must be {wanted}, not {reprlib.repr(value)}.')
         parser.set_defaults(**recipe)
     return parser.parse_args(argv)

@@ -21,6 +21,7 @@ from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_spl
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.readers.reader_wds import ReaderWds, WdsTargetKeyError, _decode
 from timm.data.scheduled_sampler import ScheduledBatchSampler, ScheduledTransformDataset
+from timm_dresnet.classifier import convert_image
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 from tqdm import tqdm
 
@@ -108,7 +109,7 @@ class Images(Dataset):
                 with image:
                     image = Image.open(image)
                     image.load()
-            return image.convert(self.mode), target
+            return convert_image(image, self.mode), target
         except Exception as e:  # damaged files make PIL raise nearly anything
             self.bad[index] = True
             raise BadImageError(f'{self._name(index)} cannot be read ({type(e).__name__}: {e}).') from e

@@ -10,6 +10,7 @@ from timm.data import resolve_data_config
 from timm.models import load_checkpoint
 from timm.utils import ParseKwargs, init_distributed_device, is_primary, setup_default_logging
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from timm_dresnet.untrusted import load_folder
 
 from .arguments import add_data_arguments, add_device_arguments
 from .data import BadImageError, check_classes, create_eval_loader
@@ -39,7 +40,7 @@ def load_model(name: str, args: argparse.Namespace) -> Tuple[torch.nn.Module, Di
     path = Path(name)
     try:
         if path.is_dir():
-            model = timm.create_model(f'local-dir:{path}', pretrained=True)
+            model = load_folder(path)
         elif path.is_file():
             run = load_checkpoint_metadata(name).get('args') if name.endswith('.pth.tar') else None
             trained = dict(vars(run)) if run is not None else {}
