@@ -130,7 +130,14 @@ def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
     status, out, err = run('classify', 'text.png', photos / 'a/0.png', 'missing.png', 'cut.jpg')
     assert status == 1 and len(out.splitlines()) == 1 and 'a/0.png: ' in out
     first, second, third = err.splitlines()
-    assert 'text.png cannot be read as an image' in first and 'no file missing.png' in second and 'cut.jpg' in third
+    assert "'text.png' cannot be read as an image" in first and "no file 'missing.png'" in second and 'cut.jpg' in third
+    paths = ['missing.png', photos / 'a/0.png', photos / 'a/0.png']  # line by line what was asked
+    quiet = run('classify', *paths, '-q')[1].split('\n')
+    assert quiet[0] == '' and quiet[1] == quiet[2] != ''
+    records = [json.loads(line) for line in run('classify', *paths, '--json')[1].splitlines()]
+    assert 'missing.png' in records[0]['error'] and records[1] == records[2]
+    Image.new('L', (12_000, 12_000)).save(tmp_path / 'huge.png')
+    assert 'DecompressionBombWarning' in run('classify', 'huge.png')[2]
     (tmp_path / 'empty').mkdir()
     assert run('classify', 'empty')[0] == 1
 
@@ -148,6 +155,9 @@ def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
     (['prune', 'test_adaresnet', 'out', '--share', '0.5'], ['AdaResNet', 'DResNet']),
     (['prune', 'test_dresnet', 'out', '--share', '2'], ['between 0 and 1']),
     (['prune', 'test_dresnet', 'out', '--min-effect', '0.1'], ['images']),
+    (['prune', 'test_dresnet', 'out', '--min-gate', 'nan'], ['min_gate', 'nan']),
+    (['fuse', 'test_dresnet', '/proc/nowhere/fused'], ['/proc/nowhere/fused', 'cannot be written']),
+    (['connections', 'test_dresnet', '--out', '/proc/map.png'], ['/proc/map.png', 'cannot be written']),
     (['fuse', 'test_dresnet', 'photos'], ['photos', 'not an empty folder']),
     (['export', 'no_model', 'out'], ['no_model']),
 ], ids=' '.join)
@@ -161,7 +171,7 @@ def test_what_cannot_be_done(run, tmp_path, args, words):
 
 @pytest.mark.parametrize('args', [
     [], ['unknown'], ['classify'], ['prune', 'test_dresnet', 'out'], ['export', 'test_dresnet', 'out', '--format', 'zip'],
-    ['prune', 'test_dresnet', 'out', '--share', '0.5', '--min-gate', '1'],
+    ['prune', 'test_dresnet', 'out', '--share', '0.5', '--min-gate', '1'], ['classify', 'x.png', '--top', '0'],
 ], ids=str)
 def test_wrong_command_lines(run, args):
     status, out, err = run(*args)

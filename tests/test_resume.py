@@ -1,5 +1,6 @@
 """A run that was stopped goes on with the same command, to the very weights of one that was not."""
 import csv
+import os
 import random
 import re
 import signal
@@ -77,6 +78,20 @@ def test_sigterm_saves_and_exits(uninterrupted, tmp_path):
     assert re.search('Going on from .*recovery', log)
     assert_same(tmp_path / 'digits', uninterrupted)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['digits']
+
+
+def test_sigterm_to_all_processes(uninterrupted, tmp_path):
+    """As a terminal, a container or a cluster sends it: those that load images get it too."""
+    process = start(tmp_path, '--workers', 2, start_new_session=True)
+    log = [process.stderr.readline()]
+    while 'epoch   1/3' not in log[-1]:
+        log.append(process.stderr.readline())
+        assert log[-1], ''.join(log)
+    os.killpg(process.pid, signal.SIGTERM)
+    log.append(process.communicate()[1])
+    assert process.returncode == 128 + signal.SIGTERM and 'Traceback' not in log[-1], ''.join(log)
+    finish(start(tmp_path))
+    assert_same(tmp_path / 'digits', uninterrupted)
 
 
 @pytest.mark.slow

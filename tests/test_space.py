@@ -93,6 +93,13 @@ def test_page_in_a_browser(image, tmp_path):
             assert boxes.count() == 16 and all(boxes.nth(i).is_checked() for i in range(16))
             boxes.nth(0).uncheck()
             page.wait_for_selector('text=Without 1', timeout=60_000)
+            page.get_by_label('Model 1').click()
+            page.get_by_role('option', name='test_dresnet.c10').click()
+            page.wait_for_function('document.querySelectorAll("input[type=checkbox]").length == 20', timeout=60_000)
+            page.wait_for_function('''(() => {
+                const shown = [...document.querySelectorAll(".output-class")].map(e => e.innerText);
+                return shown.length == 2 && shown[0] == shown[1] && !document.body.innerText.includes("Without 1")
+            })()''', timeout=60_000)
             page.screenshot(path=tmp_path / 'page.png', full_page=True)
             assert not errors
             browser.close()

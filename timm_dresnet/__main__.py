@@ -14,7 +14,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 import timm
 import torch
@@ -29,6 +29,7 @@ import timm_dresnet
 from timm_dresnet.classifier import Classifier
 from timm_dresnet.untrusted import load_folder
 
+_ENDINGS = {'.avif', '.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
 _MAX_MEASURED = 128  # images to measure connections on: enough for two digits of a share
 _BATCH = 32
 
@@ -71,15 +72,14 @@ def load(name: str, pretrained: bool = True) -> nn.Module:
         raise Failed(f'{name} cannot be loaded: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
 
 
-def _find_images(paths: Sequence[str]) -> List[str]:
+def _find_images(paths: Iterable[str]) -> List[str]:
     """Files, those in folders, and, for '-', those that standard input names."""
-    endings = Image.registered_extensions()
     found = []
     for path in paths:
         if path == '-':
-            found += [line.rstrip('\n') for line in sys.stdin if line.strip()]
+            found += _find_images(line.rstrip('\n') for line in sys.stdin if line.strip())
         elif os.path.isdir(path):
-            inside = sorted(str(file) for file in Path(path).rglob('*') if file.suffix.lower() in endings)
+            inside = sorted(str(file) for file in Path(path).rglob('*') if file.suffix.lower() in _ENDINGS)
             if not inside:
                 raise Failed(f'There are no images in {path}.')
             found += inside
@@ -90,13 +90,14 @@ def _find_images(paths: Sequence[str]) -> List[str]:
 
 def _read_image(path: str, classifier: Classifier) -> torch.Tensor:
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter('error', Image.DecompressionBombWarning)
-            return classifier.preprocess(image)
+            with Image.open(path) as image:
+                return classifier.preprocess(image)
     except FileNotFoundError as e:
-        raise Failed(f'There is no file {path}.') from e
+        raise Failed(f'There is no file {path!r}.') from e
     except Exception as e:  # damaged files make PIL raise nearly anything
-        raise Failed(f'{path} cannot be read as an image ({type(e).__name__}).') from e
+        raise Failed(f'{path!r} cannot be read as an image ({type(e).__name__}).') from e
 
 
 def _sample(paths: Sequence[str], classifier: Classifier) -> torch.Tensor:
@@ -159,23 +160,26 @@ def classify_command(args: argparse.Namespace) -> int:
     classifier, failed = Classifier(load(args.model)), 0
     found = iter(_find_images(args.images))
     while paths := list(islice(found, _BATCH)):
-        images = {}
+        read: List[Any] = []  # images, or why there is none
         for path in paths:
             try:
-                images[path] = _read_image(path, classifier)
+                read.append(_read_image(path, classifier))
             except Failed as e:
+                read.append(e)
+        images = [image for image in read if not isinstance(image, Failed)]
+        answers = iter(classifier(torch.stack(images), args.top) if images else ())
+        for path, image in zip(paths, read):
+            if isinstance(image, Failed):
                 failed += 1
-                print(f'timm-dresnet classify: {e}', file=sys.stderr)
-        if not images:
-            continue
-        for path, classes in zip(images, classifier(torch.stack([*images.values()]), args.top)):
-            if args.json:
-                print(json.dumps(dict(image=path, classes=classes)), flush=True)
-            elif args.quiet:
-                print(classes[0]['label'], flush=True)
+                print(f'timm-dresnet classify: {image}', file=sys.stderr)
+                line = json.dumps(dict(image=path, error=str(image))) if args.json else '' if args.quiet else None
             else:
+                classes = next(answers)
                 words = ', '.join(f'{c["label"]} {100 * c["probability"]:.1f} %' for c in classes)
-                print(f'{path}: {words}', flush=True)
+                line = json.dumps(dict(image=path, classes=classes)) if args.json else (
+                    classes[0]['label'] if args.quiet else f'{path}: {words}')
+            if line is not None:
+                print(line, flush=True)
     return 1 if failed else 0
 
 
@@ -191,7 +195,8 @@ def connections_command(args: argparse.Namespace) -> None:
     elif args.csv:
         table = io.StringIO()
         writer = csv.DictWriter(table, records[0] if records else [], lineterminator='\n')
-        writer.writeheader()
+        if records:
+            writer.writeheader()
         writer.writerows(records)
         print(table.getvalue(), end='')
     else:
@@ -232,7 +237,7 @@ def fuse_command(args: argparse.Namespace) -> None:
 def prune_command(args: argparse.Namespace) -> None:
     model = load(args.model)
     if not isinstance(model, timm_dresnet.DResNet):
-        raise Failed(f'{args.model} is a {type(model).__name__}: connections are pruned in a DResNet.')
+        raise Failed(f'Connections are pruned in a DResNet, and {args.model} is none (but {type(model).__name__}).')
     images = _sample(args.images, Classifier(model)) if args.images else None
     before = len(model.connection_pairs())
     removed = timm_dresnet.prune_connections(
@@ -272,21 +277,25 @@ def _write_picture(path: str, draw, args: argparse.Namespace) -> None:
     endings = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in endings:
         raise Failed(f'{path} must end in one of .{", .".join(sorted(endings))}.')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.picture-') as folder:
-        new = Path(folder, path.name)
-        draw(new)
-        os.replace(new, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix='.picture-') as folder:
+            new = Path(folder, path.name)
+            draw(new)
+            os.replace(new, path)
+    except OSError as e:
+        raise Failed(f'{path} cannot be written: {e.strerror}.') from e
     _say(f'Wrote {path}', args)
 
 
 def _write_folder(write, args: argparse.Namespace) -> None:
     """Let `write` fill a folder beside, and rename it into place."""
     path = Path(args.folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise Failed(f'{path} exists and is not an empty folder: give another name.')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=path.parent, prefix='.model-'))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=path.parent, prefix='.model-'))
+    except OSError as e:
+        raise Failed(f'{path} cannot be written: {e.strerror}.') from e
     try:
         write(new)
         new.chmod(0o777 & ~_umask())
@@ -307,6 +316,12 @@ def _write_model(model: nn.Module, args: argparse.Namespace) -> None:
     _write_folder(lambda folder: save_for_hf(model, folder, safe_serialization=True), args)
 
 
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 1 on')
+    return int(text)
+
+
 def create_parser() -> argparse.ArgumentParser:
     """The parser of `timm-dresnet`."""
     parser = argparse.ArgumentParser(
@@ -316,7 +331,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=timm_dresnet.__version__)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
 
-    def add(name: str, function, help: str, *examples: str, json: bool = True) -> argparse.ArgumentParser:
+    def add(name: str, function, help: str, *examples: str, json: str = 'print JSON') -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=help, description=help[0].upper() + help[1:] + '.',
             epilog='\n'.join(['examples:', *(f'  timm-dresnet {name} {example}' for example in examples)]),
@@ -324,7 +339,7 @@ def create_parser() -> argparse.ArgumentParser:
         command.set_defaults(function=function, command=name)
         command.add_argument('-q', '--quiet', action='store_true', help='results only, in as few words as can be')
         if json:
-            command.add_argument('--json', action='store_true', help='print JSON')
+            command.add_argument('--json', action='store_true', help=json)
         return command
 
     def add_images(command: argparse.ArgumentParser, help: str) -> None:
@@ -339,10 +354,10 @@ def create_parser() -> argparse.ArgumentParser:
 
     command = add('classify', classify_command, 'say what images show',
                   'cat.jpg --model resnet18', 'photos/ --model output/flowers --json',
-                  "- --top 1 < names.txt")
+                  "- --top 1 < names.txt", json='print one JSON object a line, for each image')
     command.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders, or - for names on standard input')
     command.add_argument('--model', default='test_dresnet', metavar='MODEL', help='what classifies (%(default)s)')
-    command.add_argument('--top', type=int, default=5, metavar='N', help='classes to name (%(default)s)')
+    command.add_argument('--top', type=_positive, default=5, metavar='N', help='classes to name (%(default)s)')
 
     command = add('connections', connections_command, 'show the learned connections of a model',
                   'test_dresnet', 'output/digits --out map.png --arcs arcs.png --images photos/',
@@ -365,12 +380,12 @@ def create_parser() -> argparse.ArgumentParser:
         command.add_argument('folder', metavar='FOLDER', help='new folder to write')
 
     command = add('fuse', fuse_command, 'fold norms, gates and skip weights into plain convolutions',
-                  'output/digits output/fused', json=False)
+                  'output/digits output/fused', json='')
     add_output(command)
 
     command = add('prune', prune_command, 'remove learned connections that do little',
                   'test_dresnet output/pruned --share 0.5', 'test_dresnet output/pruned --min-effect 0.1 --images photos/',
-                  json=False)
+                  json='')
     add_output(command)
     group = command.add_mutually_exclusive_group(required=True)
     group.add_argument('--min-gate', type=float, metavar='X', help='remove those whose gate is smaller')
@@ -379,7 +394,7 @@ def create_parser() -> argparse.ArgumentParser:
     add_images(command, 'measure effects on images')
 
     command = add('export', export_command, 'write a model as safetensors, or fused as ONNX',
-                  'test_dresnet output/test_dresnet', 'output/digits output/onnx --format onnx', json=False)
+                  'test_dresnet output/test_dresnet', 'output/digits output/onnx --format onnx', json='')
     add_output(command)
     command.add_argument('--format', default='safetensors', choices=('safetensors', 'onnx'), help='(%(default)s)')
     return parser
@@ -393,6 +408,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     """
     args = create_parser().parse_args(argv)
     try:
+        folder = Path(getattr(args, 'folder', ''))
+        if folder.name and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise Failed(f'{folder} exists and is not an empty folder: give another name.')
         status = args.function(args) or 0
         sys.stdout.flush()
         return status

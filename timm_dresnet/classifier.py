@@ -69,8 +69,14 @@ class Classifier:
 
         Returns:
             For each image its best classes, best first: ``label``, ``index`` and ``probability``.
+
+        Raises:
+            ValueError: If the model puts out numbers that are not finite.
         """
-        best = self.model(images).softmax(dim=1).topk(min(top, self.model.num_classes))
+        logits = self.model(images)
+        if not logits.isfinite().all():
+            raise ValueError('the model puts out numbers that are not finite: its weights are damaged.')
+        best = logits.softmax(dim=1).topk(min(top, self.model.num_classes))
         return [
             [dict(label=self.labels[i], index=i, probability=value) for value, i in zip(values, indices)]
             for values, indices in zip(best.values.tolist(), best.indices.tolist())

@@ -107,8 +107,10 @@ def connections(model: nn.Module, images: Optional[torch.Tensor] = None) -> List
         comes without a connection included, sum to 1.
 
     Raises:
-        ValueError: If the model has no learned connections, or is fused for inference.
+        ValueError: If the model has no learned connections, or is fused for inference, or there is no image.
     """
+    if images is not None and not len(images):
+        raise ValueError('there is nothing to measure on: images is empty.')
     if not isinstance(model, (AdaResNet, DResNet)):
         raise ValueError(f'connections are learned in a DResNet or an AdaResNet, got a {type(model).__name__}.')
     if model.fused:
@@ -140,6 +142,7 @@ def connections(model: nn.Module, images: Optional[torch.Tensor] = None) -> List
     return records
 
 
+@torch.enable_grad()
 def signal_propagation(
         model: nn.Module,
         images: torch.Tensor,

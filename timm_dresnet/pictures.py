@@ -36,7 +36,7 @@ def _architecture(model: nn.Module) -> str:
 
 
 def _draw_alphas(axes, records: List[Dict[str, Any]], key: str) -> None:
-    for kind, color in zip(('identity', 'projection'), _COLORS):
+    for kind, color in (('identity', _COLORS[0]), ('projection', _COLORS[2])):
         chosen = [record for record in records if record['kind'] == kind]
         axes.bar([record['target'] for record in chosen], [record[key] for record in chosen], color=color, label=kind)
     axes.axhline(0, color='black', linewidth=0.8)
@@ -57,7 +57,8 @@ def _draw_map(axes, records: List[Dict[str, Any]], names: Sequence[str], key: st
     for record in records:
         values[record['target'] - 1, record['source'] - 1] = record[key]
     bounded = key == 'gate' and all(0 <= record[key] <= 1 for record in records)
-    scale = dict(cmap='viridis', vmin=0, vmax=1) if bounded else dict(cmap='RdBu_r', norm=CenteredNorm())
+    largest = max((record[key] for record in records), default=1)
+    scale = dict(cmap='viridis', vmin=0, vmax=largest) if bounded else dict(cmap='RdBu_r', norm=CenteredNorm())
     image = axes.imshow(values[2:, :-2], **scale)
     label = {'gate': 'gate F(w)', 'share': "share of the target's input"}[key]
     axes.figure.colorbar(image, ax=axes, label=label, shrink=0.8)
@@ -149,6 +150,8 @@ def plot_arcs(
     widest = max([abs(record[key]) for record in records], default=1) or 1
     longest = 1
     for record in sorted(records, key=lambda record: -abs(record[key])):
+        if record[key] == 0:
+            continue
         target = record['target']
         source = record.get('source', target - 1)  # the shortcut of a block goes past it
         strength = abs(record[key]) / widest
@@ -162,12 +165,15 @@ def plot_arcs(
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     what = {'share': 'share of what it leads to', 'gate': 'gate', 'alpha': 'skip weight'}[key]
-    figure.legend(
-        handles=[
-            Line2D([], [], color=_POSITIVE if value > 0 else _NEGATIVE, linewidth=0.2 + 5 * abs(value) / widest,
-                   label=f'{value:.2g}')
-            for value in (widest, widest / 4, *([-widest / 4] if any(r[key] < 0 for r in records) else []))],
-        title=what, loc='outside lower center', ncols=3)
+    samples = {limit(r[key] for r in records) for limit in (min, max)} if records else set()
+    samples = [value for value in samples if abs(value) >= 0.1 * widest]
+    if samples:
+        figure.legend(
+            handles=[
+                Line2D([], [], color=_POSITIVE if value > 0 else _NEGATIVE, linewidth=0.2 + 5 * abs(value) / widest,
+                       label=f'{value:.2g}')
+                for value in sorted([*samples, *([samples[0] / 4] if len(samples) == 1 else [])])],
+            title=what, loc='outside lower center', ncols=2)
     axes.set(title=f'{_architecture(model)}: learned connections')
     return _save(figure, path)
 
@@ -218,6 +224,7 @@ def plot_history(rows: Sequence[Dict[str, Any]], path: Optional[Union[str, Path]
         A `matplotlib.figure.Figure`.
 
     Raises:
+        ValueError: If there are no rows.
         ModuleNotFoundError: If matplotlib is not installed.
     """
     from matplotlib import colormaps
@@ -225,13 +232,15 @@ def plot_history(rows: Sequence[Dict[str, Any]], path: Optional[Union[str, Path]
     from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.ticker import MaxNLocator
 
+    if not rows:
+        raise ValueError('there is no history to draw: rows is empty.')
     lines: Dict[Any, List[Any]] = {}
     for row in rows:
         value = float(row['gate'] if 'gate' in row else row['alpha'])
         lines.setdefault((int(row['target']), row.get('source')), []).append((int(row['epoch']) + 1, value))
     figure = _figure(6, 4)
     axes = figure.subplots()
-    targets = Normalize(1, max(target for target, _ in lines))
+    targets = Normalize(min(target for target, _ in lines), max(target for target, _ in lines))
     colors = ListedColormap(colormaps['viridis'](np.linspace(0, 0.9, 256)))  # yellow is hard to see on white
     for (target, _), points in lines.items():
         axes.plot(*zip(*points), '.-', color=colors(targets(target)), linewidth=0.8, markersize=3)

@@ -41,6 +41,9 @@ def prune_connections(
         raise ValueError(f'connections are pruned in a DResNet, got a {type(model).__name__}.')
     if sum(limit is not None for limit in (min_gate, min_effect, share)) != 1:
         raise ValueError('say what to remove by one of min_gate, min_effect and share.')
+    for name, limit in (('min_gate', min_gate), ('min_effect', min_effect)):
+        if limit is not None and not limit >= 0:
+            raise ValueError(f'{name} must be a number from 0 on, got {limit}.')
     if min_effect is not None and images is None:
         raise ValueError('min_effect needs images to measure effects on.')
     if share is not None and not 0 <= share <= 1:

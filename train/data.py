@@ -311,10 +311,12 @@ class EpochLoader:
             yield batch
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(init: Optional[Callable[[int], None]], number: int) -> None:
     # a signal to the whole process group is for the main process, which still needs its batches to end well
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if init is not None:
+        init(number)
 
 
 @atexit.register
@@ -428,7 +430,7 @@ def create_eval_loader(args: argparse.Namespace, data_config: Dict[str, Any], de
         data_config: Input size and preprocessing, as from timm's `resolve_data_config`.
         device: Where batches go.
     """
-    return create_loader(
+    loader = create_loader(
         _create_images(args, args.val_split, False, data_config['input_size'][0]),
         batch_size=args.validation_batch_size or args.batch_size,
         interpolation=data_config['interpolation'],
@@ -437,6 +439,8 @@ def create_eval_loader(args: argparse.Namespace, data_config: Dict[str, Any], de
         persistent_workers=args.workers > 0,
         **_common(args, data_config, device),
     )
+    loader.loader.worker_init_fn = partial(_start_worker, loader.loader.worker_init_fn)
+    return loader
 
 
 def create_train_loader(
@@ -520,10 +524,12 @@ def create_train_loader(
             num_workers=args.workers,
             collate_fn=batches.collate_fn,
             pin_memory=args.pin_mem,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, None),
             persistent_workers=args.workers > 0 and not args.mixup_off_epoch,
         )
     elif args.aug_repeats:
         raise ValueError(f'--aug-repeats needs images that are numbered, {args.dataset} is a stream.')
+    else:
+        batches.worker_init_fn = partial(_start_worker, batches.worker_init_fn)
     loader.loader = EpochLoader(batches, args.seed, args.rank)
     return loader

@@ -15,7 +15,7 @@ MODELS = [
     name for name in timm.list_pretrained(['*dresnet*', '*adaresnet*']) if timm.get_pretrained_cfg(name).file]
 _ABOUT = """# Learned skip connections
 Drop an image. Each model says what it shows, and the arcs show which of its learned connections carried it: the wider,
-the larger the share of a block's input that comes through. Switch connections off, and see what changes."""
+the larger its share of what it leads to. Switch connections off, and see what changes."""
 
 
 @lru_cache(maxsize=None)
@@ -85,8 +85,8 @@ def create_page() -> gr.Blocks:
                     names = list(connection_names(name))
                     return gr.CheckboxGroup(names, value=names)
 
-                gr.on([image.change, on.change, page.load], look, [image, model, on], shown, show_progress='hidden')
-                model.change(choose, model, on)
+                for event in (image.change, on.input, page.load, model.change(choose, model, on).then):
+                    event(look, [image, model, on], shown, show_progress='hidden')
     return page
 
 
