@@ -267,7 +267,7 @@ def classifier():
 def test_images_that_cannot_be_read(classifier, tmp_path, data):
     (tmp_path / 'image.png').write_bytes(data)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(Failed, match='image.png cannot be read'):
+    with pytest.raises(Failed, match='image.png. cannot be read'):
         _read_image(str(tmp_path / 'image.png'), classifier)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
