@@ -110,8 +110,8 @@ class AdaBlock:
             for layer in layers:
                 shortcut = layer(shortcut)
             return self.branch(x).add_(scaled_batch_norm(norm, shortcut, self.skip_weight.alpha))
-        if torch.is_grad_enabled() and not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
-            # a compiler saves these passes by itself
+        traced = torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy)
+        if torch.is_grad_enabled() and not traced:  # a compiler saves these passes by itself
             alpha = self.skip_weight.alpha.to(x.dtype)
             x, shortcut = _Fork.apply(x, alpha)
             return _Join.apply(self.branch(x), shortcut, alpha)
