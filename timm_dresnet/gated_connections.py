@@ -84,10 +84,20 @@ def _add_convs(
         kernels: Theirs, `[C, C_k, 1, 1]` each.
         bias: Of all together.
     """
-    if not _in_place([y, *sources]):
-        source = sources[0] if len(sources) == 1 else torch.cat(sources, dim=1)
-        kernel = kernels[0] if len(kernels) == 1 else torch.cat(kernels, dim=1)
-        return y + F.conv2d(source, kernel, bias)
+    if not torch.jit.is_scripting():
+        if _in_place([y, *sources]):
+            return _add_convs_in_place(y, sources, kernels, bias)
+    source = sources[0] if len(sources) == 1 else torch.cat(sources, dim=1)
+    kernel = kernels[0] if len(kernels) == 1 else torch.cat(kernels, dim=1)
+    return y + F.conv2d(source, kernel, bias)
+
+
+def _add_convs_in_place(
+        y: torch.Tensor,
+        sources: List[torch.Tensor],
+        kernels: List[torch.Tensor],
+        bias: Optional[torch.Tensor],
+) -> torch.Tensor:
     # one large tensor is made, to which all products are added where it lies
     rows = _rows(y).clone() if bias is None else _rows(y) + bias.to(y.dtype)
     for source, kernel in zip(sources, kernels):
@@ -98,10 +108,11 @@ def _add_convs(
 @torch.fx.wrap
 def _accumulate(total: torch.Tensor, source: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     """Add a 1x1 convolution to `total`, which may be overwritten."""
-    if torch.is_grad_enabled() or not _in_place([source, total]):
-        return F.conv2d(source, kernel).add_(total)
-    _rows(total).addmm_(_rows(source), kernel.flatten(1).t())
-    return total
+    if not torch.jit.is_scripting():
+        if not torch.is_grad_enabled() and _in_place([source, total]):
+            _rows(total).addmm_(_rows(source), kernel.flatten(1).t())
+            return total
+    return F.conv2d(source, kernel).add_(total)
 
 
 class SplitNorm(nn.ModuleList):
@@ -231,8 +242,9 @@ class _Pool(torch.autograd.Function):
 @torch.fx.wrap
 def _pool(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """A source, to go on with, and the same at half its resolution."""
-    if torch.is_grad_enabled() and _in_place([x]) and x.shape[2] % 2 == x.shape[3] % 2 == 0:
-        return _Pool.apply(x)
+    if not torch.jit.is_scripting():
+        if torch.is_grad_enabled() and _in_place([x]) and x.shape[2] % 2 == x.shape[3] % 2 == 0:
+            return _Pool.apply(x)
     # matches a stride-2 convolution at every size, odd ones too
     return x, F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
 
