@@ -102,6 +102,7 @@ def test_classify(run, photos):
 @pytest.mark.parametrize('names,classes,expected', [
     (['n01443537', 'n01629819', 'n99999999'], 3, ['goldfish, Carassius auratus', 'European fire salamander, Salamandra '
                                                   'salamandra', 'n99999999']),
+    ({'0': 'cat', '2': 'owl'}, 3, ['cat', 'class 1', 'owl']),
     (None, 3, ['class 0', 'class 1', 'class 2']),
     (None, 1000, ['tench, Tinca tinca', 'goldfish, Carassius auratus']),
 ])

@@ -148,6 +148,7 @@ def test_weights_that_do_not_fit(folder, change, word):
     (dict(num_classes=10 ** 9), ''), (dict(num_classes=2 ** 70), 'num_classes'), (dict(num_classes=-1), 'num_classes'),
     (dict(num_classes='4'), 'num_classes'), (dict(num_classes=5), 'label_names'),
     (dict(label_names='abcd'), 'label_names'), (dict(label_names=[1, 2, 3, 4]), 'label_names'),
+    (dict(label_names={'0': 'a', '3': 'd'}), 'loaded'), (dict(label_names={'x': 'a'}), 'label_names'),
     (dict(model_args=[]), 'model_args'), (dict(model_args=dict(checkpoint_path='/etc/passwd')), 'checkpoint_path'),
     (dict(model_args=dict(pretrained=True)), 'pretrained'), (dict(model_args=dict(layers=[10 ** 8] * 4)), 'layers'),
     (dict(model_args=dict(channels=[10 ** 6] * 4)), 'too few numbers'), (dict(model_args=dict(block='os.system')), ''),

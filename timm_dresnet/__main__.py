@@ -30,7 +30,7 @@ from timm_dresnet.classifier import Classifier
 from timm_dresnet.untrusted import load_folder
 
 _ENDINGS = {'.avif', '.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
-_MAX_MEASURED = 128  # images to measure connections on: enough for two digits of a share
+_MAX_MEASURED = 128  # images to measure on, in one batch
 _BATCH = 32
 
 

@@ -22,7 +22,6 @@ class Classifier:
 
     Attributes:
         model: The model.
-        input_size: Channels, height and width of what it takes.
         labels: Names of its classes.
     """
 
@@ -36,15 +35,16 @@ class Classifier:
         """
         cfg, config = model.pretrained_cfg, resolve_model_data_config(model, use_test_size=True)
         self.model = model
-        self.input_size = config['input_size']
-        modes = {1: 'L', 3: 'RGB'}
-        if self.input_size[0] not in modes:
-            raise ValueError(f'the model takes images of {self.input_size[0]} channels, which pictures do not have.')
+        channels, modes = config['input_size'][0], {1: 'L', 3: 'RGB'}
+        if channels not in modes:
+            raise ValueError(f'the model takes images of {channels} channels, which pictures do not have.')
         if not model.num_classes:
             raise ValueError('the model has no classes to choose from: its num_classes is 0.')
-        self._mode = modes[self.input_size[0]]
+        self._mode = modes[channels]
         self._transform = create_transform(**config, is_training=False)
         names, subset = cfg.get('label_names'), infer_imagenet_subset(model)
+        if isinstance(names, dict):  # by index, some of which may be left out
+            names = [names.get(str(i), names.get(i, f'class {i}')) for i in range(model.num_classes)]
         if names:
             descriptions = cfg.get('label_descriptions') or {}
             if all(re.fullmatch(r'n\d{8}', name) for name in names):  # as in ImageNet and its subsets

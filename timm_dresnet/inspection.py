@@ -22,10 +22,8 @@ from .gated_connections import Connections, Flow
 
 __all__ = ['connections', 'signal_propagation']
 
-_Block = Tuple[str, nn.Module]
 
-
-def blocks(model: nn.Module) -> List[_Block]:
+def blocks(model: nn.Module) -> List[Tuple[str, nn.Module]]:
     """Names and modules of a ResNet's blocks, in order."""
     stages = [info['module'] for info in model.feature_info if info['module'].startswith('layer')]
     return [(f'{name}.{i}', block) for name in stages for i, block in model.get_submodule(name).named_children()]
