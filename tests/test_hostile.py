@@ -27,6 +27,7 @@ from timm_dresnet.classifier import Classifier
 from timm_dresnet.untrusted import load_folder
 from train.arguments import parse_args
 from train.checkpoints import newest
+from train.trainer import Trainer
 
 CASES = pytest.mark.parametrize('cases', [100, pytest.param(4000, marks=pytest.mark.slow)])
 
@@ -99,6 +100,73 @@ def test_pickles_are_not_run(folder, tmp_path):
                 main([*arguments, *digits])
     assert newest(folder) is None
     assert not trap.exists()
+
+
+RUN = [
+    '--dataset', 'digits', '--model', 'test_dresnet', '--in-chans', '1', '--num-classes', '10', '--img-size', '16',
+    '--batch-size', '512', '--epochs', '2', '--workers', '0', '--model-ema', '--checkpoint-hist', '1']
+
+
+def start_run(output):
+    return Trainer(parse_args([*RUN, '--output', str(output)]))
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    """What a run has written at the end of its first epoch."""
+    trainer = start_run(tmp_path_factory.mktemp('run'))
+    trainer.task.progress.update(epoch=1, batch=0)
+    trainer.saver.save_checkpoint(0, metric=1.)
+    return (trainer.folder / 'last.pth.tar').read_bytes()
+
+
+@pytest.mark.parametrize('change,wanted', [
+    (lambda c: None, 'loaded'),
+    (lambda c: c.pop('task_state'), 'left aside'), (lambda c: c.update(task_state=[1, 0]), 'left aside'),
+    (lambda c: c['task_state'].update(epoch='1'), 'left aside'),
+    (lambda c: c['task_state'].update(epoch=-1), 'left aside'),
+    (lambda c: c['task_state'].update(batch=.5), 'left aside'),
+    (lambda c: c['task_state'].update(images=None), 'left aside'),
+    (lambda c: c['task_state'].update(totals=[0.]), 'left aside'),
+    (lambda c: c['task_state'].update(totals=[0., 0., float('nan')]), 'left aside'),
+    (lambda c: c.update(epoch='x'), 'does not fit'),
+    (lambda c: c.update(state_dict=None), 'does not fit'), (lambda c: c.update(state_dict={}), 'does not fit'),
+    (lambda c: c['state_dict'].update({'fc.weight': torch.zeros(3, 3)}), 'does not fit'),
+    (lambda c: c['state_dict'].update({'fc.weight': 3}), 'does not fit'),
+    (lambda c: c['state_dict_ema'].pop('fc.bias'), 'does not fit'),
+    (lambda c: c.update(optimizer=None), 'does not fit'), (lambda c: c.update(optimizer={}), 'does not fit'),
+    (lambda c: c['optimizer'].update(param_groups='ab'), 'does not fit'),
+    (lambda c: c['optimizer'].update(state=[1]), 'does not fit'),
+    (lambda c: c['saver'].pop('checkpoint_files'), 'does not fit'), (lambda c: c.update(saver=[1]), 'does not fit'),
+    (lambda c: c['saver'].update(checkpoint_files=[1]), 'does not fit'),
+    (lambda c: c['saver'].update(pending='abc'), 'does not fit'),
+], ids=range(23))
+def test_checkpoints_of_training(checkpoint, change, wanted, tmp_path):
+    folder = start_run(tmp_path).folder
+    content = torch.load(io.BytesIO(checkpoint), weights_only=False)
+    change(content)
+    torch.save(content, folder / 'last.pth.tar')
+    if wanted == 'does not fit':
+        with pytest.raises(ValueError, match='last.pth.tar does not fit this run') as error:
+            start_run(tmp_path)
+        assert len(str(error.value)) < 1000 and '\n' not in str(error.value)
+    else:
+        assert start_run(tmp_path).task.progress['epoch'] == (wanted == 'loaded')
+
+
+def test_checkpoints_name_no_files_outside(checkpoint, tmp_path):
+    """Those that a checkpoint lists are deleted when better ones come."""
+    folder = start_run(tmp_path / 'output').folder
+    precious = [tmp_path / 'precious', folder.parent / 'checkpoint-0.pth.tar', folder / 'args.yaml']
+    content = torch.load(io.BytesIO(checkpoint), weights_only=False)
+    names = [str(precious[0]), '../checkpoint-0.pth.tar', 'args.yaml', '../../precious', 'checkpoint-0.pth.tar']
+    for path in (*precious[:2], folder / 'checkpoint-0.pth.tar'):
+        path.write_text('mine')
+    content['saver']['checkpoint_files'] = [(name, 0.5) for name in names]
+    torch.save(content, folder / 'last.pth.tar')
+    start_run(tmp_path / 'output').saver.save_checkpoint(1, metric=2.)
+    assert all(path.exists() for path in precious)
+    assert {path.name for path in folder.glob('checkpoint-*')} == {'checkpoint-1.pth.tar'}
 
 
 def header(entries, size=None, data=b''):

@@ -8,7 +8,7 @@ from timm.utils import is_primary, setup_default_logging
 
 from .arguments import parse_args
 from .checkpoints import newest
-from .data import BadImageError
+from .data import BadImageError, is_worker_lost
 from .engine import Stopped
 from .trainer import Trainer
 
@@ -48,6 +48,11 @@ def main(argv: Optional[List[str]] = None) -> None:
         fail(f'{e} {last_good()}.')
     except OSError as e:
         fail(f'{e.strerror or e}. {last_good()}: make room, and the same command goes on from there.')
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not is_worker_lost(e):
+            raise
+        sys.exit(f'python -m train: error: {str(e).splitlines()[0].strip()}. {last_good()}: the same command goes on '
+                 'from there, with fewer --workers if memory ran out.')
 
     metrics = trainer.measure()
     if is_primary(args):

@@ -23,6 +23,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--val-split', default='validation', metavar='NAME', help='split to measure on')
     group.add_argument('--val-num-samples', type=int, metavar='N', help='its number of images, if a stream')
     group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='processes that load images')
+    group.add_argument('--worker-timeout', type=int, default=600, metavar='N',
+                       help='seconds to wait for a batch from them before the run ends, 0 for ever')
     group.add_argument('--pin-mem', action='store_true', help='pin memory, for a faster copy to the GPU')
     group.add_argument('--class-map', default='', metavar='FILE', help='file that maps classes to indices')
     group.add_argument('--input-img-mode', metavar='MODE', help='mode of images in PIL (L for one channel, else RGB)')

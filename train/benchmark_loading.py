@@ -9,7 +9,7 @@ import time
 from typing import Callable, Iterator, List, Optional, Tuple
 
 import torch
-from timm.data import resolve_data_config
+from timm.data import resolve_input_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import setup_default_logging
 
@@ -25,7 +25,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     device = set_up_device(args)
     try:
         model = create_model(args).to(device)
-        loader = create_train_loader(args, resolve_data_config(vars(args), model=model), model.num_classes, device)
+        loader = create_train_loader(args, resolve_input_data_config(model, vars(args)), model.num_classes, device)
         if not len(loader):
             raise ValueError(f'--batch-size {args.batch_size} is more than there are training images.')
     except (OSError, ValueError, BadImageError) as e:

@@ -1,11 +1,15 @@
 """The folder of a run: which one it is, and the checkpoints in it, from the newest of which a run goes on."""
 import errno
 import logging
+import math
 import os
+import re
 import shutil
 import tempfile
+import textwrap
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 import torch
 import yaml
@@ -13,6 +17,7 @@ from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkp
 from timm.utils import CheckpointSaver, NativeScaler
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
+from .data import is_worker_lost
 from .files import replace
 
 _logger = logging.getLogger('train')
@@ -21,7 +26,7 @@ _logger = logging.getLogger('train')
 _FREE = {
     'bad_images', 'checkpoint_hist', 'data_dir', 'device', 'experiment', 'in_memory', 'log_interval',
     'log_tensorboard', 'log_wandb', 'output', 'pin_mem', 'recovery_interval', 'validation_batch_size', 'wandb_project',
-    'wandb_tags', 'workers',
+    'wandb_tags', 'worker_timeout', 'workers',
 }
 
 
@@ -48,7 +53,11 @@ def open_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
         arguments = folder / 'args.yaml'
         if not folder.exists():
             break
-        if arguments.exists() and binding(yaml.safe_load(arguments.read_text())) == binding(yaml.safe_load(text)):
+        try:
+            found = yaml.safe_load(arguments.read_text())
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            found = None  # not of a run
+        if isinstance(found, dict) and binding(found) == binding(yaml.safe_load(text)):
             return folder
         number += 1
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -63,16 +72,26 @@ def _unfinished(folder: Path) -> Iterator[Path]:
     return folder.glob('*tmp.pth.tar')
 
 
+def _progress(path: Path) -> Tuple[int, int]:
+    """Epoch and batch that come after a checkpoint, of whose entry that says so every number is checked."""
+    progress = load_checkpoint_metadata(path)['task_state']
+    counts = [progress[key] for key in ('epoch', 'batch', 'images')]
+    if any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError(f'counts are {counts}')
+    totals = progress['totals']
+    if len(totals) != 3 or not all(type(total) is float and math.isfinite(total) for total in totals):
+        raise ValueError(f'totals are {totals}')
+    return progress['epoch'], progress['batch']
+
+
 def newest(folder: Path) -> Optional[Path]:
     """The checkpoint of a folder that is furthest in training, among those that are whole."""
     found = {}
     for path in {*folder.glob('*.pth.tar')} - {*_unfinished(folder)}:
         try:
-            progress = load_checkpoint_metadata(path)['task_state']
-        except (OSError, RuntimeError, KeyError, EOFError) as e:
+            found[_progress(path)] = path
+        except (OSError, RuntimeError, KeyError, EOFError, TypeError, ValueError) as e:
             _logger.warning(f'{path} is not a whole checkpoint and left aside ({type(e).__name__}).')
-            continue
-        found[progress['epoch'], progress['batch']] = path
     return found[max(found)] if found else None
 
 
@@ -87,6 +106,8 @@ class Checkpoints(CheckpointSaver):
             super()._save(save_path, epoch, metric)
         except (OSError, RuntimeError) as e:  # torch's own writer raises a RuntimeError when a disk is full
             Path(save_path).unlink(missing_ok=True)
+            if is_worker_lost(e):
+                raise
             free = shutil.disk_usage(Path(save_path).parent).free
             raise OSError(
                 errno.EIO, f'the checkpoint of epoch {epoch} could not be written, there are {free / 2 ** 20:.0f} MiB '
@@ -108,14 +129,35 @@ class Checkpoints(CheckpointSaver):
             path.unlink()
         return best
 
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Take over which checkpoints there are; one that comes from elsewhere may name any file for deletion."""
+        files = [
+            (name, metric) for name, metric in state_dict['checkpoint_files']
+            if re.fullmatch(rf'{self.save_prefix}-\d+{re.escape(self.extension)}', name)]
+        super().load_state_dict({**state_dict, 'checkpoint_files': files})
+
     def continue_from(self, path: Path) -> None:
-        """Go on with the files that were there when a checkpoint was written, and the best of them."""
+        """Go on with the files that were there when a checkpoint was written, and the best of them.
+
+        Raises:
+            ValueError: If the checkpoint does not fit.
+        """
         for file in _unfinished(path.parent):
             file.unlink()
-        self.load_state_dict_from_checkpoint(str(path))
+        with _fitting(path):
+            self.load_state_dict_from_checkpoint(str(path))
         progress = self.task.progress
         if progress['batch'] == 0 and self.best_epoch == progress['epoch'] - 1:
             self._duplicate(str(path), os.path.join(self.checkpoint_dir, 'model_best' + self.extension))
+
+
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        reason = textwrap.shorten(f'{type(e).__name__}: {e}', 300, placeholder=' ...')
+        raise ValueError(f'{path} does not fit this run ({reason}), use another --experiment.') from e
 
 
 def restore(
@@ -130,10 +172,9 @@ def restore(
         ValueError: If the checkpoint does not fit.
     """
     try:
-        resume_task_checkpoint(task, str(path), optimizer, loss_scaler, log_info=False)
-        if task.has_ema():
-            load_task_ema_checkpoint(task, str(path))
-    except (RuntimeError, ValueError) as e:
-        raise ValueError(f'{path} does not fit this run ({str(e).splitlines()[0]}), use another --experiment.') from e
+        with _fitting(path):
+            resume_task_checkpoint(task, str(path), optimizer, loss_scaler, log_info=False)
+            if task.has_ema():
+                load_task_ema_checkpoint(task, str(path))
     except FileNotFoundError:
         raise ValueError(f'{path} is not on this machine: --output must be a folder that all machines share.') from None

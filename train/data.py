@@ -319,6 +319,16 @@ def _start_worker(init: Optional[Callable[[int], None]], number: int) -> None:
         init(number)
 
 
+def _guard_workers(loader: DataLoader, args: argparse.Namespace) -> None:
+    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+    loader.timeout = args.worker_timeout if args.workers else 0
+
+
+def is_worker_lost(error: RuntimeError) -> bool:
+    """Whether PyTorch says by it that a process that loads was killed or gives nothing; it may do so at any moment."""
+    return str(error).startswith(('DataLoader worker (pid', 'DataLoader timed out'))
+
+
 @atexit.register
 def _kill_workers() -> None:
     # multiprocessing would ask them to end by a signal that they ignore, and wait for it
@@ -427,7 +437,7 @@ def create_eval_loader(args: argparse.Namespace, data_config: Dict[str, Any], de
 
     Args:
         args: The run's arguments.
-        data_config: Input size and preprocessing, as from timm's `resolve_data_config`.
+        data_config: Input size and preprocessing, as from timm's `resolve_input_data_config`.
         device: Where batches go.
     """
     loader = create_loader(
@@ -439,7 +449,7 @@ def create_eval_loader(args: argparse.Namespace, data_config: Dict[str, Any], de
         persistent_workers=args.workers > 0,
         **_common(args, data_config, device),
     )
-    loader.loader.worker_init_fn = partial(_start_worker, loader.loader.worker_init_fn)
+    _guard_workers(loader.loader, args)
     return loader
 
 
@@ -453,7 +463,7 @@ def create_train_loader(
 
     Args:
         args: The run's arguments.
-        data_config: Input size and preprocessing, as from timm's `resolve_data_config`.
+        data_config: Input size and preprocessing, as from timm's `resolve_input_data_config`.
         num_classes: Number of classes that Mixup and CutMix spread targets over.
         device: Where batches go.
     """
@@ -524,12 +534,10 @@ def create_train_loader(
             num_workers=args.workers,
             collate_fn=batches.collate_fn,
             pin_memory=args.pin_mem,
-            worker_init_fn=partial(_start_worker, None),
             persistent_workers=args.workers > 0 and not args.mixup_off_epoch,
         )
     elif args.aug_repeats:
         raise ValueError(f'--aug-repeats needs images that are numbered, {args.dataset} is a stream.')
-    else:
-        batches.worker_init_fn = partial(_start_worker, batches.worker_init_fn)
+    _guard_workers(batches, args)
     loader.loader = EpochLoader(batches, args.seed, args.rank)
     return loader

@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Optional
 import timm
 import torch
 import torch.distributed as dist
-from timm.data import resolve_data_config
+from timm.data import resolve_input_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -149,7 +149,7 @@ class Trainer:
         self.device = device = set_up_device(args)
         random_seed(args.seed)
         model = create_model(args).to(device)
-        self.data_config = resolve_data_config(vars(args), model=model)
+        self.data_config = resolve_input_data_config(model, vars(args))
         self.train_loader = create_train_loader(args, self.data_config, model.num_classes, device)
         self.eval_loader = create_eval_loader(args, self.data_config, device)
         check_classes(self.eval_loader.dataset, model.num_classes)

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
-from timm.data import resolve_data_config
+from timm.data import resolve_input_data_config
 from timm.models import load_checkpoint
 from timm.utils import ParseKwargs, init_distributed_device, is_primary, setup_default_logging
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
@@ -53,7 +53,7 @@ def load_model(name: str, args: argparse.Namespace) -> Tuple[torch.nn.Module, Di
             made.update(made.pop('model_kwargs', {}))
             model = timm.create_model(made.pop('model'), **made)
             load_checkpoint(model, name)  # the moving average, if there is one
-            data_config = resolve_data_config(trained, model=model)
+            data_config = resolve_input_data_config(model, trained)
             data_config['input_size'] = made.get('in_chans', 3), *data_config['input_size'][1:]
             return model, data_config
         else:
@@ -61,7 +61,7 @@ def load_model(name: str, args: argparse.Namespace) -> Tuple[torch.nn.Module, Di
                 name, pretrained=True, num_classes=args.num_classes, **args.model_kwargs)
     except RuntimeError as e:
         raise ValueError(f'{name}: {e}') from e
-    return model, resolve_data_config({}, model=model, use_test_size=True)
+    return model, resolve_input_data_config(model, use_test_size=True)
 
 
 def main(argv: Optional[List[str]] = None) -> None:

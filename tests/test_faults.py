@@ -1,0 +1,96 @@
+"""Whatever goes wrong in training, and whenever: no finished epoch is lost, and the same command goes on.
+
+How faults come about stands in faults.py.
+"""
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from conftest import ROOT
+from test_resume import assert_same, rows
+from train.checkpoints import newest
+
+MOMENTS = {  # and epoch and batch that are kept then, of 3 epochs of 4 batches; checkpoints are 2 updates apart
+    'first step': ('0,0', None),
+    'mid-epoch': ('1,2', (1, 2)),
+    'while a checkpoint is written': ('1,save', (1, 4)),
+    'last step': ('2,3', (2, 2)),
+}
+FAULTS = {  # exit status, and what is said
+    'sigterm': (128 + signal.SIGTERM, 'Stopped. The same command goes on from '),
+    'sigkill': (-signal.SIGKILL, ''),
+    'full disk': (1, 'could not be written, there are '),
+    'killed worker': (1, 'error: DataLoader worker (pid'),
+    'vanished file': (1, '.png cannot be read '),
+    'hanging worker': (1, 'timed out after 10 seconds. '),
+    'nan': (1, 'The loss is nan at update '),
+}
+
+
+@pytest.fixture(scope='module')
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('digits')
+    images, targets = load_digits(return_X_y=True)
+    for number, (image, target) in enumerate(zip(images[:80], targets)):
+        path = folder / ('train' if number < 64 else 'validation') / str(target) / f'{number:02}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image.reshape(8, 8) * 15).astype('uint8')).save(path)
+    return [
+        '--data-dir', str(folder), '--model', 'test_dresnet', '--input-size', '3', '16', '16', '--num-classes', '10',
+        '--batch-size', '16', '--epochs', '3', '--warmup-epochs', '1', '--opt', 'adamw', '--lr', '0.003',
+        '--reprob', '0.3', '--model-ema', '--recovery-interval', '2', '--deterministic', '--experiment', 'digits']
+
+
+def run(program, recipe, output, workers):
+    return subprocess.run(
+        [sys.executable, *program, *recipe, '--output', str(output), '--workers', workers, '--worker-timeout', '10'],
+        cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(recipe, tmp_path_factory):
+    output = tmp_path_factory.mktemp('uninterrupted')
+    done = run(['-m', 'train'], recipe, output, '0')
+    assert done.returncode == 0, done.stderr
+    return output / 'digits'
+
+
+@pytest.mark.parametrize('moment', MOMENTS)
+@pytest.mark.parametrize('fault', FAULTS)
+@pytest.mark.slow
+def test_no_finished_epoch_is_lost(fault, moment, recipe, uninterrupted, tmp_path):
+    folder = tmp_path / 'digits'
+    where, kept = MOMENTS[moment]
+    if fault == 'nan' and where == '1,save':
+        where = '1,3'  # the batch after which checkpoints are written
+        kept = (1, 2)
+    elif fault == 'sigterm':  # that batch ends, and a checkpoint is written
+        kept = {'0,0': (0, 1), '1,2': (1, 3), '1,save': (2, 0), '2,3': (2, 4)}[where]
+    status, message = FAULTS[fault]
+    # the processes that load would write to the memory of the system, which is no disk
+    workers = '0' if fault == 'full disk' else '2'
+    done = run(['tests/faults.py', fault, where], recipe, tmp_path, workers)
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr and 'Traceback' not in done.stderr, done.stderr
+
+    checkpoint = newest(folder)
+    if kept is None:
+        assert checkpoint is None
+    else:
+        progress = torch.load(checkpoint, weights_only=False)['task_state']
+        assert (progress['epoch'], progress['batch']) >= kept
+        assert kept[0] == 0 or rows(folder)[:kept[0]] == rows(uninterrupted)[:kept[0]]
+    for path in Path(recipe[1]).rglob('*.gone'):
+        path.rename(path.with_suffix(''))
+
+    done = run(['-m', 'train'], recipe, tmp_path, '2')
+    assert done.returncode == 0, done.stderr
+    assert checkpoint is None or f'Going on from {checkpoint}' in done.stderr
+    assert_same(folder, uninterrupted)
+    assert not list(folder.glob('*tmp*'))
