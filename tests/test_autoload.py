@@ -1,15 +1,19 @@
 """Registration in fresh interpreters, against an installed wheel and an editable install."""
+import hashlib
+import json
 import os
 import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
 
+MANIFEST = json.loads((ROOT / 'timm_dresnet' / 'weights' / 'manifest.json').read_text())
 CREATE = "timm.create_model('test_dresnet', pretrained=True)"
 IS_OURS = "assert 'dresnet18' in timm.list_models(), 'not registered'"
 
@@ -88,12 +92,16 @@ import timm
 
 
 def test_wheel_holds_the_package_and_nothing_else(tmp_path):
-    import zipfile
     subprocess.run([
         sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--wheel-dir', tmp_path,
         ROOT], check=True)
     wheel, = tmp_path.glob('timm_dresnet-*.whl')
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split('/')[0].split('-')[0] for name in names} == {
-        'timm_dresnet', 'timm_dresnet_autoload.py'}
+    assert wheel.stat().st_size < 95e6  # PyPI takes 100
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if '.dist-info/' not in name}
+        weights = {name: archive.read(f'timm_dresnet/weights/{name}') for name in MANIFEST}
+    package = [path for path in (ROOT / 'timm_dresnet').rglob('*') if path.is_file() and path.suffix != '.pyc']
+    assert names == {'timm_dresnet_autoload.py', *(path.relative_to(ROOT).as_posix() for path in package)}
     assert 'timm_dresnet/py.typed' in names
+    assert {name: hashlib.sha256(data).hexdigest() for name, data in weights.items()} == {
+        name: entry['sha256'] for name, entry in MANIFEST.items()}

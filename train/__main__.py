@@ -47,12 +47,12 @@ def main(argv: Optional[List[str]] = None) -> None:
     except FloatingPointError as e:
         fail(f'{e} {last_good()}.')
     except OSError as e:
-        fail(f'{e.strerror or e}. {last_good()}: make room, and the same command goes on from there.')
+        fail(f'{e.strerror or e}. {last_good()}; make room, and the same command goes on.')
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not is_worker_lost(e):
             raise
-        sys.exit(f'python -m train: error: {str(e).splitlines()[0].strip()}. {last_good()}: the same command goes on '
-                 'from there, with fewer --workers if memory ran out.')
+        sys.exit(f'python -m train: error: {str(e).splitlines()[0].rstrip(". ")}. {last_good()}; the same command goes on, '
+                 'with fewer --workers if memory ran out.')
 
     metrics = trainer.measure()
     if is_primary(args):

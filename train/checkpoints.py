@@ -87,7 +87,7 @@ def _progress(path: Path) -> Tuple[int, int]:
 def newest(folder: Path) -> Optional[Path]:
     """The checkpoint of a folder that is furthest in training, among those that are whole."""
     found = {}
-    for path in {*folder.glob('*.pth.tar')} - {*_unfinished(folder)}:
+    for path in sorted({*folder.glob('*.pth.tar')} - {*_unfinished(folder)}, reverse=True):
         try:
             found[_progress(path)] = path
         except (OSError, RuntimeError, KeyError, EOFError, TypeError, ValueError) as e:
