@@ -83,13 +83,14 @@ def test_classify(run, photos):
     records = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and not err
     assert [record['image'] for record in records] == sorted(str(path) for path in photos.rglob('*.*'))
-    model = timm.create_model('test_dresnet', pretrained=True).eval()
+    model = timm.create_model('dresnet18', pretrained=True).eval()
+    words = timm.data.ImageNetInfo().label_descriptions(as_dict=True)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     for record in records:
         probabilities = model(transform(Image.open(record['image']).convert('RGB'))[None]).softmax(1)[0]
         order = probabilities.argsort(descending=True)[:5].tolist()
         assert [c['index'] for c in record['classes']] == order
-        assert [c['label'] for c in record['classes']] == [CIFAR10_CLASSES[i] for i in order]
+        assert [c['label'] for c in record['classes']] == [words[model.pretrained_cfg['label_names'][i]] for i in order]
         assert [c['probability'] for c in record['classes']] == pytest.approx(probabilities[order].tolist(), rel=1e-3)
 
     paths = [record['image'] for record in records]

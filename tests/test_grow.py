@@ -3,6 +3,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.optim import create_optimizer_v2
 
 
 def trained(arch, **kwargs):
@@ -28,14 +29,14 @@ def trained(arch, **kwargs):
 def test_grown_model_is_its_resnet(family, depth, tmp_path):
     resnet = trained(f'resnet{depth}'.replace('_gauss', ''))
     save_file(resnet.state_dict(), tmp_path / 'resnet.safetensors')
-    model = timm.create_model(
-        f'{family}{depth}', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'resnet.safetensors')))
+    overlay = dict(file=str(tmp_path / 'resnet.safetensors'), num_classes=1000)
+    model = timm.create_model(f'{family}{depth}', pretrained=True, num_classes=1000, pretrained_cfg_overlay=overlay)
     x = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), resnet(x), rtol=1e-5, atol=1e-5)
 
     # and it learns: after one step the connections let something through
-    optimizer = timm.optim.create_optimizer_v2(model.train(), 'sgd', lr=0.01)
+    optimizer = create_optimizer_v2(model.train(), 'sgd', lr=0.01)
     torch.nn.functional.cross_entropy(model(x), torch.tensor([1, 2])).backward()
     learned = {n: p for n, p in model.named_parameters() if n.startswith('connections.') or n.endswith('.alpha')}
     assert learned

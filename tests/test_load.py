@@ -68,7 +68,7 @@ def finish(process):
     return output
 
 
-@pytest.mark.parametrize('processes,threads', [(1, 64), (8, 1)])
+@pytest.mark.parametrize('processes,threads', [(1, 64), pytest.param(8, 1, marks=pytest.mark.slow)])
 def test_first_use_all_at_once(processes, threads):
     outputs = {finish(process) for process in [start(FIRST_USE, threads) for _ in range(processes)]}
     assert len(outputs) == 1

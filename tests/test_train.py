@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_dresnet
+from timm_dresnet.resnet import CIFAR10_MEAN
 from train import benchmark_loading
 from train.__main__ import main
 from train.arguments import parse_args
@@ -94,6 +95,15 @@ def test_other_arguments(args, tmp_path):
     assert bool(rows[0]['eval_top1']) == ('--val-interval' not in args)
     assert (folder / 'connections.png').exists() == (args[1] != 'resnet20_cifar')
     assert bool(list(folder.glob('events.out.tfevents*'))) == ('--log-tensorboard' in args)
+
+
+def test_gray_images_with_the_mean_of_colours(tmp_path):
+    main(['--dataset', 'digits', '--model', 'test_dresnet', '--in-chans', '1', '--num-classes', '10', '--img-size', '16',
+          '--epochs', '2', '--lr', '0.1', '--workers', '0', '--output', str(tmp_path), '--experiment', 'digits'])
+    model = timm.create_model(f'local-dir:{tmp_path / "digits"}', pretrained=True)
+    assert model.pretrained_cfg['mean'] == pytest.approx([sum(CIFAR10_MEAN) / 3])
+    rows = list(csv.DictReader((tmp_path / 'digits' / 'summary.csv').open()))
+    assert accuracy(model, Digits('validation')) == pytest.approx(float(rows[-1]['eval_top1']) / 100, abs=0.003)
 
 
 def test_the_same_command_again(tmp_path, caplog):

@@ -356,7 +356,7 @@ def create_parser() -> argparse.ArgumentParser:
                   'cat.jpg --model resnet18', 'photos/ --model output/flowers --json',
                   "- --top 1 < names.txt", json='print one JSON object a line, for each image')
     command.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders, or - for names on standard input')
-    command.add_argument('--model', default='test_dresnet', metavar='MODEL', help='what classifies (%(default)s)')
+    command.add_argument('--model', default='dresnet18', metavar='MODEL', help='what classifies (%(default)s)')
     command.add_argument('--top', type=_positive, default=5, metavar='N', help='classes to name (%(default)s)')
 
     command = add('connections', connections_command, 'show the learned connections of a model',

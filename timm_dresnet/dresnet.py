@@ -15,8 +15,8 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from timm.utils import reparameterize_model
 
 from .gated_connections import Connections, Flow, FusedConnections, StageFlow
-from .pretrained import build_model_with_cfg, grown_cfgs
-from .resnet import ResNet, _c10_cfg, _cifar_cfg, fold_norms
+from .pretrained import build_model_with_cfg, grown_cfgs, packaged_classes, packaged_file
+from .resnet import ResNet, _c10_cfg, _cfg, _cifar_cfg, fold_norms
 
 __all__ = ['DResNet']  # the model registry adds each entry point to this
 
@@ -230,7 +230,15 @@ def _create_dresnet(variant: str, pretrained: bool = False, **kwargs) -> DResNet
 
 _PROPOSAL = 'https://github.com/Mao-chuan/An_improve_on_ResNet--Introduces_dynamic_connections'
 
+
+def _tiny_in_cfg(tag: str, **kwargs) -> Dict[str, Any]:
+    return _cfg(
+        file=packaged_file(tag), label_names=packaged_classes('tiny_imagenet'), num_classes=200, input_size=(3, 64, 64),
+        pool_size=(2, 2), crop_pct=1.0, interpolation='bicubic', **kwargs)
+
+
 default_cfgs = generate_default_cfgs({
+    'dresnet18.tiny_in': _tiny_in_cfg('dresnet18.tiny_in', origin_url=_PROPOSAL),
     **grown_cfgs('dresnet18', 'resnet18'),
     **grown_cfgs('dresnet18_gauss', 'resnet18'),
     **grown_cfgs('dresnet34', 'resnet34'),

@@ -2,7 +2,7 @@
 import hashlib
 import json
 from importlib.resources import files
-from typing import Any, Callable, Dict, Optional, Type, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -11,7 +11,7 @@ from timm.models import build_model_with_cfg as timm_build_model_with_cfg
 from timm.models import get_arch_pretrained_cfgs, resolve_pretrained_cfg
 from timm.models._pretrained import PretrainedCfg
 
-__all__ = ['build_model_with_cfg', 'grown_cfgs', 'packaged_file']
+__all__ = ['build_model_with_cfg', 'grown_cfgs', 'packaged_classes', 'packaged_file']
 
 # a package may lie in an archive, where its files have no path of their own
 _FOLDER = files('timm_dresnet') / 'weights'
@@ -24,6 +24,15 @@ def packaged_file(tag: str) -> str:
         tag: Model name and tag, such as 'test_dresnet.c10'.
     """
     return str(_FOLDER / f'{tag}.safetensors')
+
+
+def packaged_classes(data_set: str) -> Tuple[str, ...]:
+    """Names of a data set's classes, in their order.
+
+    Args:
+        data_set: 'tiny_imagenet', whose 200 classes are named by their WordNet ids.
+    """
+    return tuple((_FOLDER / f'{data_set}_classes.txt').read_text().split())
 
 
 def _load_packaged(name: str) -> Dict[str, torch.Tensor]:

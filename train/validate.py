@@ -53,9 +53,7 @@ def load_model(name: str, args: argparse.Namespace) -> Tuple[torch.nn.Module, Di
             made.update(made.pop('model_kwargs', {}))
             model = timm.create_model(made.pop('model'), **made)
             load_checkpoint(model, name)  # the moving average, if there is one
-            data_config = resolve_input_data_config(model, trained)
-            data_config['input_size'] = made.get('in_chans', 3), *data_config['input_size'][1:]
-            return model, data_config
+            return model, resolve_input_data_config(model, trained)
         else:
             model = timm.create_model(
                 name, pretrained=True, num_classes=args.num_classes, **args.model_kwargs)
