@@ -361,7 +361,7 @@ def test_zoo(alice, capsys):
     for tag in tags:
         files = alice.files(f'alice/{tag}')
         card = ModelCard(files['README.md'].decode())
-        assert card.data.datasets and card.data.eval_results[0].metric_value > 50
+        assert card.data.datasets and card.data.eval_results[0].metric_value > 40
         assert {'args.yaml', 'summary.csv', 'curves.png'} <= set(files)
         packaged, loaded = (timm.create_model(name, pretrained=True) for name in (tag, f'hf-hub:alice/{tag}'))
         assert all(torch.equal(w, loaded.state_dict()[key]) for key, w in packaged.state_dict().items())

@@ -358,8 +358,8 @@ def test_sequential_feature_extractor_is_refused():
 
 def test_same_seed_same_trunk():
     """A seed gives a DResNet the very trunk it gives a ResNet, which makes comparisons paired."""
-    trunk = create('resnet18').state_dict()
-    state = create('dresnet18').state_dict()
+    trunk = create('resnet18', num_classes=10).state_dict()
+    state = create('dresnet18', num_classes=10).state_dict()
     assert all(torch.equal(value, state[name]) for name, value in trunk.items())
 
 

@@ -88,14 +88,14 @@ def test_saves_loads_fuses_and_trains(name, kwargs, tmp_path):
 
 @pytest.mark.parametrize('name,base', [('dresnet18', 'resnet18'), ('dresnet50', 'resnet50')])
 def test_without_connections_it_is_its_resnet(name, base):
-    model = timm.create_model(name).eval()
+    model = timm.create_model(name, num_classes=10).eval()
     removed = prune_connections(model, share=0.)
     assert len(removed) == {'dresnet18': 21, 'dresnet50': 105}[name] and not model.connections
-    resnet = timm.create_model(base).eval()
+    resnet = timm.create_model(base, num_classes=10).eval()
     resnet.load_state_dict(model.state_dict())
     x = images(torch.float32)
     assert torch.equal(model(x), resnet(x))
-    again = timm.create_model(name, pruned_connections=model.pruned_connections, device='meta')
+    again = timm.create_model(name, num_classes=10, pruned_connections=model.pruned_connections, device='meta')
     assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in resnet.parameters())
 
 

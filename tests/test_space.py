@@ -90,7 +90,7 @@ def test_page_in_a_browser(image, tmp_path):
             page.set_input_files('input[type=file]', str(tmp_path / 'image.png'))
             page.wait_for_selector('text=%', timeout=60_000)
             boxes = page.locator('input[type=checkbox]')
-            assert boxes.count() == 16 and all(boxes.nth(i).is_checked() for i in range(16))
+            assert boxes.count() == 31 and all(boxes.nth(i).is_checked() for i in range(31))
             boxes.nth(0).uncheck()
             page.wait_for_selector('text=Without 1', timeout=60_000)
             page.get_by_label('Model 1').click()

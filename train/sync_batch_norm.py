@@ -1,8 +1,24 @@
 """Batch norm over the batches of all processes, on devices that PyTorch's SyncBatchNorm leaves out, the CPU first."""
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from timm.layers import BatchNormAct2d
-from torch.distributed.nn.functional import all_reduce
+
+
+class AllReduce(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return AllReduce.apply(grad)
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -19,10 +35,10 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         dtype = x.dtype
         x = x.to(self.weight.dtype)  # sums of half precision lose too much
         count = torch.full((1,), x.numel() / x.shape[1], dtype=x.dtype, device=x.device)
-        total, count = all_reduce(torch.cat([x.sum((0, 2, 3)), count])).split([x.shape[1], 1])
+        total, count = AllReduce.apply(torch.cat([x.sum((0, 2, 3)), count])).split([x.shape[1], 1])
         mean = total / count
         centered = x - mean[:, None, None]
-        var = all_reduce(centered.square().sum((0, 2, 3))) / count
+        var = AllReduce.apply(centered.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
