@@ -307,12 +307,11 @@ class Flow:
 
     def _keep(self, k: int, y: torch.Tensor, stage: int) -> torch.Tensor:
         """Note a source at the resolution of `stage` and, pooled, of those after it that want it."""
-        below = next((s for s in range(stage + 1, self._last[k] + 1) if self.stages[s].downsample), None)
-        if below is not None:
-            pooled = _pool(y)
-            y = pooled[0]
-            self._keep(k, pooled[1], below)
-        for s in range(stage, below or len(self.stages)):
+        lower = [s for s in range(stage + 1, self._last[k] + 1) if self.stages[s].downsample]
+        if lower:
+            y, pooled = _pool(y)
+            self._keep(k, pooled, lower[0])
+        for s in range(stage, lower[0] if lower else len(self.stages)):
             self._sources[k, s] = y
         return y
 
@@ -460,7 +459,7 @@ class Connections(StageConnections):
     @property
     def folds(self) -> bool:
         """Whether norms and gates of all fold into kernels now, for sums of the stage's channels."""
-        return not self.expansions and all(projection.folds for projection in self.projections.values())
+        return len(self.expansions) == 0 and all(projection.folds for projection in self.projections.values())
 
     def enter(self, flow: Flow) -> None:
         flow.gates, flow.folds = self.gate_values(), self.folds
