@@ -38,7 +38,7 @@ def test_configs(name):
 
 @pytest.mark.parametrize('name,resnet', GROWN.items())
 def test_every_checkpoint_of_timm_can_be_grown(name, resnet):
-    """With its own preprocessing and license, the default one first."""
+    """With its own preprocessing and license, and the same one as the default where the package has no weights."""
     tags = [f'init_{cfg.tag}' for cfg in get_arch_pretrained_cfgs(resnet).values()]
     assert [cfg.tag for cfg in get_arch_pretrained_cfgs(name).values() if cfg.tag.startswith('init_')] == tags
     for cfg in get_arch_pretrained_cfgs(resnet).values():
@@ -48,6 +48,8 @@ def test_every_checkpoint_of_timm_can_be_grown(name, resnet):
                     'num_classes', 'license', 'origin_url', 'paper_ids', 'label_offset'):
             assert getattr(grown, key) == getattr(cfg, key), key
     assert tags[0] == f'init_{get_pretrained_cfg(resnet).tag}'
+    packaged = [tag.split('.')[1] for tag in PACKAGED if tag.split('.')[0] == name]
+    assert get_pretrained_cfg(name).tag == (packaged or tags)[0]
 
 
 @pytest.mark.parametrize('name', GROWN)

@@ -8,7 +8,10 @@ from timm.layers import BatchNormAct2d
 
 
 class AllReduce(torch.autograd.Function):
-    """The sum of a tensor over all processes; its gradient is the sum of theirs."""
+    """The sum of a tensor over all processes; its gradient is the sum of theirs.
+
+    PyTorch's own, `torch.distributed.nn.functional.all_reduce`, is deprecated in favour of a private module.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
