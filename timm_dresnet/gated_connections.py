@@ -42,9 +42,8 @@ def _moments(x: torch.Tensor, kernel: torch.Tensor) -> Tuple[torch.Tensor, torch
         x: What it takes in, `[B, C_in, H, W]`.
         kernel: `[C, C_in, 1, 1]`
     """
-    # autocast would take them in low precision
-    autocast = torch.amp.is_autocast_available(x.device.type)
-    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+    # autocast, which the meta device does not have, would take them in low precision
+    with nullcontext() if x.device.type == 'meta' else torch.autocast(x.device.type, enabled=False):
         dtype = torch.promote_types(x.dtype, torch.float32)
         rows, kernel = _rows(x).to(dtype), kernel.flatten(1).to(dtype)
         mean = rows.mean(0)
