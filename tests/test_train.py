@@ -1,8 +1,10 @@
 """`python -m train` on scikit-learn's digits."""
 import csv
 import logging
+import os
 import re
 import resource
+import signal
 
 import pytest
 import timm
@@ -197,6 +199,12 @@ def test_loss_that_is_not_finite(tmp_path):
     assert 'loss is nan at update' in message and 'epoch 2' in message and str(tmp_path / 'digits') in message
     state = torch.load(newest(tmp_path / 'digits'), weights_only=False)['state_dict']
     assert all(value.isfinite().all() for value in state.values())
+
+
+def test_loading_process_that_is_killed_while_results_are_measured(digits_folder, monkeypatch):
+    monkeypatch.setattr(Digits, '__getitem__', lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(SystemExit, match='error: DataLoader worker .* the same command goes on'):
+        main(['--config', str(RECIPE), '--output', str(digits_folder.parent)])
 
 
 @pytest.mark.parametrize('args,words', [

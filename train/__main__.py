@@ -36,6 +36,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             trainer.train()
         elif is_primary(args):
             _logger.info(f'{folder} holds the results of this command already; --experiment names another folder.')
+        metrics = trainer.measure()
     except Stopped as e:
         if is_primary(args):
             _logger.info(f'Stopped. The same command goes on from {newest(folder)}')
@@ -54,7 +55,6 @@ def main(argv: Optional[List[str]] = None) -> None:
         sys.exit(f'python -m train: error: {str(e).splitlines()[0].rstrip(". ")}. {last_good()}; the same command goes on, '
                  'with fewer --workers if memory ran out.')
 
-    metrics = trainer.measure()
     if is_primary(args):
         print(f"timm.create_model('local-dir:{folder}', pretrained=True) has a top-1 accuracy of "
               f"{metrics['top1']:.2f} % on the {len(trainer.eval_loader.dataset):,} images of {args.val_split}. It "
