@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
+from conftest import saves_arguments
 from test_maths import randomize
 from test_models import DEEPEST, MODELS, QUICK, assert_close, check_export_and_onnx
 
@@ -94,6 +95,7 @@ def test_a_copy_or_in_place(name):
     torch.testing.assert_close(model.eval()(x), expected, rtol=1e-9, atol=1e-9)
 
 
+@saves_arguments
 @pytest.mark.parametrize('name,kwargs', [
     ('dresnet18', {}), ('dresnet50', dict(gate='gauss')), ('adaresnet18', dict(skip_weight='shared')),
     ('adaresnet50', {}), ('test_dresnet', dict(in_chans=1)),
@@ -155,6 +157,7 @@ def test_other_norms_stay(name, norm):
     assert_same(reparameterize_model(model), model, x, 1e-10)
 
 
+@pytest.mark.skipif(torch.__version__ < '2.9', reason='it compiles pooling for odd and even sizes apart')
 @pytest.mark.parametrize('name', [
     'dresnet18', pytest.param('dresnet50', marks=pytest.mark.slow), pytest.param('adaresnet18', marks=pytest.mark.slow)])
 def test_compiled_for_other_sizes_once(name):
