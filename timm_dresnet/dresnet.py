@@ -230,15 +230,10 @@ def _create_dresnet(variant: str, pretrained: bool = False, **kwargs) -> DResNet
 
 _PROPOSAL = 'https://github.com/Mao-chuan/An_improve_on_ResNet--Introduces_dynamic_connections'
 
-
-def _tiny_in_cfg(tag: str, **kwargs) -> Dict[str, Any]:
-    return _cfg(
-        file=packaged_file(tag), label_names=packaged_classes('tiny_imagenet'), num_classes=200, input_size=(3, 64, 64),
-        pool_size=(2, 2), crop_pct=1.0, interpolation='bicubic', **kwargs)
-
-
 default_cfgs = generate_default_cfgs({
-    'dresnet18.tiny_in': _tiny_in_cfg('dresnet18.tiny_in', origin_url=_PROPOSAL),
+    'dresnet18.tiny_in': _cfg(
+        file=packaged_file('dresnet18.tiny_in'), label_names=packaged_classes('tiny_imagenet'), num_classes=200,
+        input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0, interpolation='bicubic', origin_url=_PROPOSAL),
     **grown_cfgs('dresnet18', 'resnet18'),
     **grown_cfgs('dresnet18_gauss', 'resnet18'),
     **grown_cfgs('dresnet34', 'resnet34'),
