@@ -76,7 +76,7 @@ def create_page() -> gr.Blocks:
                     model = gr.Dropdown(MODELS, value=name, label=f'Model {number}')
                     best = gr.Label(num_top_classes=5, label='What it shows')
                     change = gr.Markdown()
-                    arcs = gr.Plot(label='What carried it')
+                    arcs = gr.Plot(show_label=False)
                     names = list(connection_names(name))
                     on = gr.CheckboxGroup(names, value=names, label='Connections that are on')
                 shown = [best, change, arcs]
