@@ -1,6 +1,7 @@
 """Model cards: all that they say is read from what a run has left in its folder.
 
-`python -m hub.cards` writes MODEL_CARD.md, the card of all models in the package, and their accuracies into the package.
+`python -m hub.cards` writes MODEL_CARD.md, the card of all models in the package, with the results that README.md gives,
+and their accuracies into the package.
 """
 import argparse
 import csv
@@ -281,6 +282,7 @@ def family_card() -> ModelCard:
         about=_ABOUT,
         rows=rows,
         notes=dict.fromkeys(facts['note'] for facts in zoo.values()),
+        results=(_ROOT / 'README.md').read_text().split('\n## Results\n')[1].split('\n## ')[0].strip(),
         sources=[source for sources in _SOURCES.values() for source in sources] + _EVERY_SOURCE,
     )
 
