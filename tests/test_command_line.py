@@ -72,6 +72,9 @@ def test_list(run):
     assert names == {name for name in timm.list_models() if hasattr(timm_dresnet, name)}
     record = next(record for record in records if record['model'] == 'adaresnet50.init_a1_in1k')
     assert record['parameters'] == 25_557_048 and record['weights'] == 'hub' and record['top1'] is None
+    parameters = {record['model']: record['parameters'] for record in records}
+    assert parameters['dresnet18.init_a1_in1k'] == 12_475_837  # of 1,000 classes
+    assert parameters['dresnet18.tiny_in'] == 12_475_837 - 800 * 513
     assert run('list', 'resnet56*', '--quiet') == (0, 'resnet56_cifar\n', '')
     assert run('list', 'resnet56*', '--pretrained')[0] == 1
     assert "'nothing*'" in run('list', 'nothing*')[2]
@@ -154,13 +157,14 @@ def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
     (['connections', 'test_dresnet', '--images', 'nowhere.png'], ['nowhere.png']),
     (['connections', 'test_dresnet', '--out', 'map.xyz'], ['map.xyz', '.png']),
     (['signal', 'mobilenetv3_small_050'], ['ResNets']),
-    (['prune', 'test_adaresnet', 'out', '--share', '0.5'], ['AdaResNet', 'DResNet']),
-    (['prune', 'test_dresnet', 'out', '--share', '2'], ['between 0 and 1']),
+    (['prune', 'test_adaresnet', 'out', '--keep', '0.5'], ['AdaResNet', 'DResNet']),
+    (['prune', 'test_dresnet', 'out', '--keep', '2'], ['between 0 and 1']),
     (['prune', 'test_dresnet', 'out', '--min-effect', '0.1'], ['images']),
     (['prune', 'test_dresnet', 'out', '--min-gate', 'nan'], ['min_gate', 'nan']),
     (['fuse', 'test_dresnet', '/proc/nowhere/fused'], ['/proc/nowhere/fused', 'cannot be written']),
     (['connections', 'test_dresnet', '--out', '/proc/map.png'], ['/proc/map.png', 'cannot be written']),
     (['fuse', 'test_dresnet', 'photos'], ['photos', 'not an empty folder']),
+    (['connections', 'test_dresnet', '--images', '-'], ['no image']),
     (['export', 'no_model', 'out'], ['no_model']),
 ], ids=' '.join)
 def test_what_cannot_be_done(run, tmp_path, args, words):
@@ -173,7 +177,7 @@ def test_what_cannot_be_done(run, tmp_path, args, words):
 
 @pytest.mark.parametrize('args', [
     [], ['unknown'], ['classify'], ['prune', 'test_dresnet', 'out'], ['export', 'test_dresnet', 'out', '--format', 'zip'],
-    ['prune', 'test_dresnet', 'out', '--share', '0.5', '--min-gate', '1'], ['classify', 'x.png', '--top', '0'],
+    ['prune', 'test_dresnet', 'out', '--keep', '0.5', '--min-gate', '1'], ['classify', 'x.png', '--top', '0'],
 ], ids=str)
 def test_wrong_command_lines(run, args):
     status, out, err = run(*args)
@@ -220,7 +224,7 @@ def test_models_to_folders(run, tmp_path):
     assert torch.equal(loaded('models/exported')(x), model(x))
     assert loaded('models/exported').pretrained_cfg['label_names'] == list(CIFAR10_CLASSES)
 
-    status, out, err = run('prune', 'models/exported', 'models/pruned', '--share', 0.5)
+    status, out, err = run('prune', 'models/exported', 'models/pruned', '--keep', 0.5)
     assert status == 0 and not out and err.startswith('Removed 5 of 10 connections.\nWrote models/pruned, ')
     assert len(loaded('models/pruned').connection_pairs()) == 5
 
@@ -239,6 +243,12 @@ def test_models_to_folders(run, tmp_path):
     config = json.loads((tmp_path / 'models/onnx/config.json').read_text())
     assert config['architecture'] == 'test_dresnet'
     assert sorted(path.name for path in (tmp_path / 'models').iterdir()) == ['exported', 'fused', 'onnx', 'pruned']
+
+
+def test_fuse_what_has_no_connections(run, tmp_path):
+    save_for_hf(timm.create_model('plainnet20_cifar'), tmp_path / 'plain', safe_serialization=True)
+    status, _, err = run('fuse', 'plain', 'fused')
+    assert status == 1 and 'plain has nothing that can be fused' in err and not (tmp_path / 'fused').exists()
 
 
 def test_in_a_pipe(photos):

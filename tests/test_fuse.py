@@ -148,6 +148,44 @@ def test_features(name):
     assert [tuple(p.shape) for p in built.parameters()] == [tuple(p.shape) for p in fused.parameters()]
 
 
+@pytest.mark.parametrize('stages', [1, 2, 3])
+@pytest.mark.parametrize('name,kwargs', [
+    ('dresnet18', {}), ('dresnet50', {}), ('test_dresnet', dict(connection_rank=4)), ('adaresnet18', {}),
+], ids=str)
+def test_features_of_fewer_stages(name, kwargs, stages, tmp_path):
+    model, x = create(name, **kwargs)
+    expected = model.forward_intermediates(x, indices=[stages], intermediates_only=True)[0]
+    fused = reparameterize_model(model)
+    fused.prune_intermediate_layers([stages])
+    output = fused.forward_intermediates(x, indices=[stages], intermediates_only=True)[0]
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+    model.prune_intermediate_layers([stages])
+    assert getattr(model, 'pruned_connections', []) == []  # left out with their stage, not pruned
+    again = reparameterize_model(model)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in fused.state_dict().items()}
+    backbone = timm.create_model(name, features_only=True, out_indices=(0, stages), inference_mode=True, **kwargs)
+    assert len(backbone(x.float())) == 2
+
+
+@pytest.mark.parametrize('layout', [{}, CHANNELS_LAST], ids=str)
+@pytest.mark.parametrize('name,kwargs', [
+    ('dresnet18', {}), ('dresnet56_cifar', {}), ('test_dresnet', dict(connection_rank=4)), ('adaresnet18', {}),
+], ids=str)
+def test_autocast(name, kwargs, layout):
+    model, x = create(name, dtype=torch.float32, **kwargs)
+    fused = reparameterize_model(model).to(**layout)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        output = fused(x.to(**layout))
+        expected = model(x)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=0.1)
+
+
+def test_nothing_to_fuse():
+    model = reparameterize_model(timm.create_model('test_adaresnet', norm_layer='groupnorm1'))
+    assert not model.fused and model.train().training
+
+
 @pytest.mark.parametrize('norm', ['groupnorm', 'frozen'])
 @pytest.mark.parametrize('name', ['dresnet18', 'adaresnet18'])
 def test_other_norms_stay(name, norm):

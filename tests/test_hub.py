@@ -35,7 +35,7 @@ def folders(tmp_path_factory):
         torch.manual_seed(0)
         model = timm.create_model('test_adaresnet' if kind == 'adaresnet' else 'test_dresnet', num_classes=7).eval()
         if kind == 'pruned':
-            timm_dresnet.prune_connections(model, share=0.5)
+            timm_dresnet.prune_connections(model, keep=0.5)
         if kind == 'fused':
             model = reparameterize_model(model)
         folder = tmp_path_factory.mktemp(kind)

@@ -233,13 +233,13 @@ def check_picture(path):
 
 
 @pytest.mark.parametrize('plot', [timm_dresnet.plot_connections, timm_dresnet.plot_arcs])
-@pytest.mark.parametrize('arch,share', [
+@pytest.mark.parametrize('arch,keep', [
     ('test_dresnet', None), ('dresnet50', None), ('adaresnet18', None), ('dresnet18', 0.5), ('dresnet18', 0.),
 ])
-def test_picture(plot, arch, share, tmp_path):
+def test_picture(plot, arch, keep, tmp_path):
     model = timm.create_model(arch)
-    if share is not None:
-        timm_dresnet.prune_connections(model, share=share)
+    if keep is not None:
+        timm_dresnet.prune_connections(model, keep=keep)
     for x in (None, images()):
         plot(model, tmp_path / 'connections.png', x)
         check_picture(tmp_path / 'connections.png')

@@ -85,6 +85,23 @@ def test_dresnet_in_channels_last(arch, kwargs, size, training):
     check_dresnet(arch, 'gauss', size, training, layout=torch.channels_last, **kwargs)
 
 
+@pytest.mark.parametrize('kwargs', [{}, dict(connection_rank=5)], ids=str)
+def test_gradients_of_gradients(kwargs):
+    """Those of a gradient penalty."""
+    model = create('dresnet20_cifar', gate_init=0.5, **kwargs).train()
+    reference = copy.deepcopy(model)
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
+    penalties = []
+    for output in (model(x), naive.dresnet(reference, 'sigmoid', x)[0]):
+        gradient, = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        penalties.append(gradient.square().sum())
+    torch.testing.assert_close(*penalties)
+    gradients, expected_gradients = (
+        torch.autograd.grad(penalty, list(m.parameters())) for penalty, m in zip(penalties, (model, reference)))
+    for gradient, expected in zip(gradients, expected_gradients):
+        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9 * expected.abs().max().item() + 1e-9)
+
+
 def test_batch_norms_put_into_eval_mode():
     """As is done in fine-tuning: statistics stay, and those that were learned count."""
     model = create('test_dresnet').train()

@@ -8,6 +8,8 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import timm_dresnet
 
@@ -175,6 +177,53 @@ def test_dtype_and_autocast(name):
         model.zero_grad()
         output.float().square().mean().backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('foreach', [True, False])
+@pytest.mark.parametrize('name,kwargs', [
+    ('test_dresnet', dict(gate='gauss')), ('test_adaresnet', {}), ('test_adaresnet', dict(skip_weight='shared')),
+    ('plainnet20_cifar', {}),
+], ids=str)
+@torch.no_grad()
+def test_moving_average(name, kwargs, foreach):
+    model = create(name, **kwargs)
+    average = ModelEmaV3(model, decay=0.75, foreach=foreach)
+    before = [p.clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.add_(4.)
+    average.update(model)
+    for p, start in zip(average.module.parameters(), before):
+        torch.testing.assert_close(p, start + 1.)
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('name', ['test_dresnet', 'test_adaresnet', 'dresnet56_cifar'])
+def test_gradients_of_each_image(name, layout):
+    """By torch.func, as differential privacy and influence functions take them."""
+    model = create(name).eval().to(memory_format=layout)
+    parameters, x = dict(model.named_parameters()), images().to(memory_format=layout)
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, image[None]).square().sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    expected = torch.autograd.grad(model(x[1:]).square().sum(), list(parameters.values()))
+    for name, gradient in zip(parameters, expected):
+        torch.testing.assert_close(gradients[name][1], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, 'fp32_precision'), reason='torch has the older way only')
+@pytest.mark.parametrize('name', ['dresnet18', 'dresnet50', 'adaresnet18'])
+def test_precision_on_a_gpu_set_in_the_newer_way(name):
+    """After which torch raises where it is asked in the older way."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = 'tf32'
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = timm.create_model(name, num_classes=5, device='cuda')
+            assert model(torch.empty(2, 3, 64, 64, device='cuda')).shape == (2, 5)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @models()
@@ -354,6 +403,16 @@ def test_sequential_feature_extractor_is_refused():
     model = create('dresnet18', features_only=True, feature_cls='list')
     with pytest.raises(TypeError, match='flow'):
         model(images())
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(skip_init=1.)], ids=str)
+def test_weights_made_again(kwargs):
+    """An AdaResNet that starts without shortcuts must not start without branches too."""
+    model = create('adaresnet18', **kwargs)
+    before = {name: (p == 0).all() for name, p in model.named_parameters() if '.bn' in name}
+    nn.init.normal_(model.layer1[0].bn2.weight)
+    model.init_weights()
+    assert {name: (p == 0).all() for name, p in model.named_parameters() if '.bn' in name} == before
 
 
 def test_same_seed_same_trunk():

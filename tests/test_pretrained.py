@@ -96,6 +96,23 @@ def test_packaged(hub, name):
     assert not hub.requests
 
 
+@pytest.mark.parametrize('name,kwargs', [
+    ('test_dresnet', dict(gate='linear')), ('test_dresnet', dict(gate='gauss')),
+    ('test_dresnet', dict(connection_rank=2)), ('test_adaresnet', dict(skip_weight='shared')),
+    ('test_adaresnet', dict(skip_weight='per_kind')),
+], ids=str)
+def test_weights_of_another_function_do_not_load(name, kwargs):
+    with pytest.raises(RuntimeError, match='Missing key|Unexpected key|another skip_weight'):
+        timm.create_model(name, pretrained=True, **kwargs)
+
+
+def test_weights_of_a_shared_skip_weight():
+    shared, single = (timm.create_model('test_adaresnet', skip_weight=kind) for kind in ('shared', 'per_block'))
+    for network in (single, timm.create_model('test_adaresnet', skip_weight='shared')):
+        network.load_state_dict({k: v + 0.5 if k.endswith('.alpha') else v for k, v in shared.state_dict().items()})
+        assert [record['alpha'] for record in timm_dresnet.connections(network)] == 6 * [0.5]
+
+
 def test_manifest_lists_the_files():
     manifest = json.loads((PACKAGE / 'weights/manifest.json').read_text())
     assert sorted(manifest) == sorted(f'{name}.safetensors' for name in PACKAGED)

@@ -71,7 +71,7 @@ def test_saves_loads_fuses_and_trains(name, kwargs, tmp_path):
     model = timm.create_model(name, num_classes=5, **kwargs)
     with torch.no_grad():
         model(images(torch.float32))
-    prune_connections(model.eval(), share=0.5, images=images(torch.float32))
+    prune_connections(model.eval(), keep=0.5, images=images(torch.float32))
     x = images(torch.float32)
     expected = model(x)
     save_for_hf(model, tmp_path)
@@ -91,7 +91,7 @@ def test_saves_loads_fuses_and_trains(name, kwargs, tmp_path):
 @pytest.mark.parametrize('name,base', [('dresnet18', 'resnet18'), ('dresnet50', 'resnet50')])
 def test_without_connections_it_is_its_resnet(name, base):
     model = timm.create_model(name, num_classes=10).eval()
-    removed = prune_connections(model, share=0.)
+    removed = prune_connections(model, keep=0.)
     assert len(removed) == {'dresnet18': 21, 'dresnet50': 105}[name] and not model.connections
     resnet = timm.create_model(base, num_classes=10).eval()
     resnet.load_state_dict(model.state_dict())
@@ -133,8 +133,8 @@ def test_effects(name, kwargs):
 
 
 @pytest.mark.parametrize('limits,strength', [
-    (dict(min_gate=0.5), 'gate'), (dict(min_effect=0.2), 'effect'), (dict(share=0.3), 'gate'),
-    (dict(share=0.3), 'effect'), (dict(share=1.), 'gate'), (dict(min_gate=0.), 'gate'),
+    (dict(min_gate=0.5), 'gate'), (dict(min_effect=0.2), 'effect'), (dict(keep=0.3), 'gate'),
+    (dict(keep=0.3), 'effect'), (dict(keep=1.), 'gate'), (dict(min_gate=0.), 'gate'),
 ], ids=str)
 def test_what_is_removed(limits, strength):
     model = create('dresnet18', gate='linear')
@@ -151,8 +151,8 @@ def test_what_is_removed(limits, strength):
     assert sorted(pairs[0] + pairs[1]) == [(r['target'], r['source']) for r in records]
     assert model.pruned_connections == pairs[0] == sorted(pairs[0])
     values = {(r['target'], r['source']): abs(r[strength]) for r in records}
-    if 'share' in limits:
-        assert len(left) == round(limits['share'] * 21)
+    if 'keep' in limits:
+        assert len(left) == round(limits['keep'] * 21)
         assert not removed or max(values[p] for p in pairs[0]) <= min(values[p] for p in pairs[1])
     else:
         limit, = limits.values()
@@ -161,15 +161,15 @@ def test_what_is_removed(limits, strength):
 
 def test_frozen_gates_stay_frozen():
     model = timm.create_model('test_dresnet').requires_grad_(False)
-    prune_connections(model, share=0.5)
+    prune_connections(model, keep=0.5)
     assert not any(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize('arguments,words', [
-    (dict(), ['min_gate', 'min_effect', 'share']),
-    (dict(min_gate=0.1, share=0.5), ['one of']),
+    (dict(), ['min_gate', 'min_effect', 'keep']),
+    (dict(min_gate=0.1, keep=0.5), ['one of']),
     (dict(min_effect=0.1), ['images']),
-    (dict(share=1.5), ['between 0 and 1', '1.5']),
+    (dict(keep=1.5), ['between 0 and 1', '1.5']),
 ])
 def test_errors(arguments, words):
     with pytest.raises(ValueError) as error:

@@ -15,7 +15,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import timm_dresnet
 from timm_dresnet.resnet import CIFAR10_MEAN
-from train import benchmark_loading
+from train import benchmark_loading, validate
 from train.__main__ import main
 from train.arguments import parse_args
 from train.checkpoints import newest
@@ -223,6 +223,8 @@ def test_loading_process_that_is_killed_while_results_are_measured(digits_folder
     (['--initial-checkpoint', '/no/such/file'], ['/no/such/file']),
     (['--pretrained-path', __file__], ['test_train.py', 'weights_only']),
     (['--sched', 'plateau'], ['--sched', 'plateau', 'cosine']),
+    (['--model-kwargs', 'inference_mode=True'], ['dresnet20_cifar', 'fused']),
+    (['--num-classes', '0', '--head-init-bias', '0'], ['--head-init-bias']),
 ])
 def test_errors_are_one_sentence(args, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
@@ -250,6 +252,22 @@ def test_wrong_recipes(text, words, tmp_path, capsys):
 def test_command_line_overrides_recipe():
     args = parse_args(['--config', str(RECIPE), '--epochs', '3'])
     assert (args.epochs, args.model, args.momentum) == (3, 'dresnet20_cifar', 0.9)
+
+
+def test_numbers_of_recipes(tmp_path):
+    """YAML reads 8e-2 as text."""
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text('scale: [8e-2, 1]\nepochs: 10.0\nlr: 1e-3\n')
+    args = parse_args(['--config', str(recipe)])
+    assert (args.scale, args.epochs, args.lr) == ([0.08, 1.], 10, 0.001)
+    assert type(args.epochs) is int
+
+
+def test_measured_as_trained(tmp_path, capsys):
+    folder = train(tmp_path, '--model', 'test_dresnet', '--gp', 'max', '--input-size', 1, 16, 16, '--epochs', 1)
+    validate.main([str(folder / 'last.pth.tar'), str(folder), '--dataset', 'digits', '--workers', '0'])
+    by_checkpoint, by_folder = capsys.readouterr().out.splitlines()[-2:]
+    assert by_checkpoint.split('|')[2:] == by_folder.split('|')[2:]
 
 
 def test_digits_split():

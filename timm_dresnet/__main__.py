@@ -103,6 +103,8 @@ def _read_image(path: str, classifier: Classifier) -> torch.Tensor:
 def _sample(paths: Sequence[str], classifier: Classifier) -> torch.Tensor:
     """Some of the images there, evenly spread, as a batch."""
     found = _find_images(paths)
+    if not found:
+        raise Failed('There is no image to measure on.')
     step = max(1, len(found) / _MAX_MEASURED)
     return torch.stack([
         _read_image(found[int(i * step)], classifier) for i in range(min(len(found), _MAX_MEASURED))])
@@ -133,12 +135,15 @@ def list_command(args: argparse.Namespace) -> None:
                  if fnmatch.fnmatch(tag, args.filter) or fnmatch.fnmatch(name, args.filter)]
         if not names:
             continue
-        parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
+        parameters = {}
         for tag in names:
             cfg, measured = timm.get_pretrained_cfg(tag), results.get(tag, {})
+            if cfg.num_classes not in parameters:
+                model = timm.create_model(name, num_classes=cfg.num_classes, device='meta')
+                parameters[cfg.num_classes] = sum(p.numel() for p in model.parameters())
             rows.append(dict(
                 model=tag,
-                parameters=parameters,
+                parameters=parameters[cfg.num_classes],
                 image_size=cfg.input_size[-1],
                 weights='package' if cfg.file else 'hub' if cfg.has_weights else None,
                 top1=float(measured['top1']) if measured else None,
@@ -231,7 +236,10 @@ def signal_command(args: argparse.Namespace) -> None:
 
 def fuse_command(args: argparse.Namespace) -> None:
     model = load(args.model)
-    _write_model(reparameterize_model(model), args)
+    fused = reparameterize_model(model)
+    if fused.state_dict().keys() == model.state_dict().keys():
+        raise Failed(f'{args.model} has nothing that can be fused.')
+    _write_model(fused, args)
 
 
 def prune_command(args: argparse.Namespace) -> None:
@@ -241,7 +249,7 @@ def prune_command(args: argparse.Namespace) -> None:
     images = _sample(args.images, Classifier(model)) if args.images else None
     before = len(model.connection_pairs())
     removed = timm_dresnet.prune_connections(
-        model, min_gate=args.min_gate, min_effect=args.min_effect, share=args.share, images=images)
+        model, min_gate=args.min_gate, min_effect=args.min_effect, keep=args.keep, images=images)
     _say(f'Removed {len(removed)} of {before} connections.', args)
     _write_model(model, args)
 
@@ -379,18 +387,18 @@ def create_parser() -> argparse.ArgumentParser:
         command.add_argument('model', metavar='MODEL', help='model to start from')
         command.add_argument('folder', metavar='FOLDER', help='new folder to write')
 
-    command = add('fuse', fuse_command, 'fold norms, gates and skip weights into plain convolutions',
+    command = add('fuse', fuse_command, 'fold norms, gates and the skip weights of projections into plain convolutions',
                   'output/digits output/fused', json='')
     add_output(command)
 
     command = add('prune', prune_command, 'remove learned connections that do little',
-                  'test_dresnet output/pruned --share 0.5', 'test_dresnet output/pruned --min-effect 0.1 --images photos/',
-                  json='')
+                  'test_dresnet output/pruned --keep 0.5',
+                  'test_dresnet output/pruned --min-effect 0.1 --images photos/', json='')
     add_output(command)
     group = command.add_mutually_exclusive_group(required=True)
     group.add_argument('--min-gate', type=float, metavar='X', help='remove those whose gate is smaller')
     group.add_argument('--min-effect', type=float, metavar='X', help='remove those whose effect on --images is smaller')
-    group.add_argument('--share', type=float, metavar='X', help='keep this share of them')
+    group.add_argument('--keep', type=float, metavar='X', help='keep this share of them')
     add_images(command, 'measure effects on images')
 
     command = add('export', export_command, 'write a model as safetensors, or fused as ONNX',

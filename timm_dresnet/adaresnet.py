@@ -67,8 +67,13 @@ class SkipWeight(nn.Module):
         self.alpha = nn.Parameter(torch.full((), float(init), device=device, dtype=dtype))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        # each block's entry has storage of its own, which safetensors asks for
-        destination[prefix + 'alpha'] = self.alpha if keep_vars else self.alpha.detach().clone()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            # the first entry of a shared one is the parameter, so that changes in place reach it once; the others have
+            # storage of their own, as safetensors asks for
+            *others, alpha = (value for key, value in destination.items() if key.endswith('.alpha'))
+            if any(other.data_ptr() == alpha.data_ptr() for other in others):
+                destination[prefix + 'alpha'] = alpha.clone()
 
     def forward(self, branch: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         """`branch + alpha * shortcut`, all `[B, C, H, W]`."""
@@ -90,13 +95,12 @@ class AdaBlock:
     @torch.no_grad()
     def reparameterize(self) -> None:
         """Fold norms into convolutions, and with them the weight of a projection shortcut, for inference."""
-        fold_norms(self)
+        self.fused = fold_norms(self)
         if self.downsample is not None and isinstance(self.downsample[-1], nn.Identity):
             conv = self.downsample[-2]
             conv.weight.mul_(self.skip_weight.alpha)
             conv.bias.mul_(self.skip_weight.alpha)
             self.skip_weight = Add()
-        self.fused = True
 
     def add_shortcut(self, x: torch.Tensor) -> torch.Tensor:
         """`branch(x) + alpha * shortcut(x)`, `[B, C, H, W]`."""
@@ -111,7 +115,8 @@ class AdaBlock:
                 shortcut = layer(shortcut)
             return self.branch(x).add_(scaled_batch_norm(norm, shortcut, self.skip_weight.alpha))
         traced = torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy)
-        if torch.is_grad_enabled() and not traced:  # a compiler saves these passes by itself
+        if torch.is_grad_enabled() and not traced and not torch._C._are_functorch_transforms_active():
+            # a compiler saves these passes by itself
             alpha = self.skip_weight.alpha.to(x.dtype)
             x, shortcut = _Fork.apply(x, alpha)
             return _Join.apply(self.branch(x), shortcut, alpha)
@@ -188,6 +193,29 @@ class AdaResNet(ResNet):
         if inference_mode:
             reparameterize_model(self, inplace=True)
             self.eval()
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: Optional[bool] = None) -> None:
+        """Initialize the weights of convolutions, and of the last norms.
+
+        Args:
+            zero_init_last: Start the last norm weight of every branch at 0. None does as the network was created.
+        """
+        if zero_init_last is not None:
+            self._zero_init_last = zero_init_last
+        super().init_weights(self._zero_init_last)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        *_, error_msgs = args
+        alphas = {}
+        for name, module in self.named_modules(remove_duplicate=False):
+            if isinstance(module, SkipWeight) and f'{prefix}{name}.alpha' in state_dict:
+                alphas.setdefault(module, []).append(state_dict[f'{prefix}{name}.alpha'])
+        if any((alpha != values[0]).any() for values in alphas.values() for alpha in values[1:]):
+            error_msgs.append(
+                'blocks that share a skip weight have different ones here: these weights are those of a network with '
+                'another skip_weight.')
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:

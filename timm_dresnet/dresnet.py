@@ -27,9 +27,7 @@ class DResNetStage(nn.Sequential):
 
     def reparameterize(self) -> None:
         """Fold norms into convolutions, for inference."""
-        for block in self:
-            fold_norms(block)
-        self.fused = True
+        self.fused = any([fold_norms(block) for block in self])
 
     def forward(self, x: torch.Tensor, flow: Flow) -> torch.Tensor:
         """
@@ -117,7 +115,7 @@ class DResNet(ResNet):
                     device=device,
                     dtype=dtype,
                 )
-        self.prune_connections([tuple(pair) for pair in pruned_connections])
+        self.prune_connections(pruned_connections)
         if inference_mode:
             reparameterize_model(self, inplace=True)
             self.eval()
@@ -136,6 +134,7 @@ class DResNet(ResNet):
         Raises:
             ValueError: If there is no such connection, or the network is fused.
         """
+        pairs = [tuple(pair) for pair in pairs]  # JSON has lists
         if not pairs:
             return
         missing = set(pairs) - set(self.connection_pairs())
@@ -174,7 +173,11 @@ class DResNet(ResNet):
         """Prune layers not required for specified intermediates, and the connections that lead to them."""
         take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         blocks = sum(len(getattr(self, name)) for name in self.stage_names)
-        self.prune_connections([(i, k) for i, k in self.connection_pairs() if i > blocks])
+        for name, connections in list(self.connections.items()):
+            if name in self.stage_names:
+                connections.truncate(blocks)
+            if name not in self.stage_names or not connections.sources:
+                del self.connections[name]
         return take_indices
 
     def __prepare_scriptable__(self):

@@ -15,7 +15,7 @@ Three things make this cheap without changing the function:
   backward pass.
 """
 from contextlib import nullcontext
-from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import ContextManager, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -34,6 +34,30 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+def _without_autocast(x: torch.Tensor) -> ContextManager:
+    """Where matrix products are not taken in low precision. The meta device has no autocast."""
+    return nullcontext() if x.device.type == 'meta' else torch.autocast(x.device.type, enabled=False)
+
+
+class _Gram(torch.autograd.Function):
+    """`rows.t() @ rows`, with one product for its gradient instead of two."""
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows):
+        return rows.t() @ rows
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, = ctx.saved_tensors
+        with _without_autocast(rows):
+            return rows @ (grad + grad.t())
+
+
 @torch.fx.wrap
 def _moments(x: torch.Tensor, kernel: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance, `[C]`, of what a 1x1 convolution puts out.
@@ -42,14 +66,11 @@ def _moments(x: torch.Tensor, kernel: torch.Tensor) -> Tuple[torch.Tensor, torch
         x: What it takes in, `[B, C_in, H, W]`.
         kernel: `[C, C_in, 1, 1]`
     """
-    # autocast, which the meta device does not have, would take them in low precision
-    with nullcontext() if x.device.type == 'meta' else torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         dtype = torch.promote_types(x.dtype, torch.float32)
         rows, kernel = _rows(x).to(dtype), kernel.flatten(1).to(dtype)
         mean = rows.mean(0)
-        # the covariance is used in a symmetric form alone, so its gradient is twice what comes through one factor
-        second = rows.t() @ rows.detach() / len(rows)
-        cov = 2 * second - second.detach() - mean[:, None] * mean
+        cov = _Gram.apply(rows) / len(rows) - mean[:, None] * mean
         return kernel @ mean, ((kernel @ cov) * kernel).sum(1).clamp(min=0)
 
 
@@ -59,12 +80,20 @@ def _has_rows(x: torch.Tensor) -> bool:
     return x.stride(1) == 1 and height == width * x.shape[3] and (batch == height * x.shape[2] or x.shape[0] == 1)
 
 
+def _tf32() -> bool:
+    """Whether matrix products in float32 take TF32 on a GPU, as convolutions do by default."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, 'fp32_precision'):  # where it was set by this, the older getter raises
+        return matmul.fp32_precision == 'tf32'
+    return torch.get_float32_matmul_precision() != 'highest'
+
+
 def _in_place(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether sums are best taken where tensors lie: not for compilers, which see to that themselves."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     x = tensors[0]
-    fast = x.dtype != torch.float32 or x.device.type == 'cpu' or torch.get_float32_matmul_precision() != 'highest'
+    fast = x.dtype != torch.float32 or x.device.type == 'cpu' or _tf32()
     return fast and all(tensor.dtype == x.dtype and _has_rows(tensor) for tensor in tensors)
 
 
@@ -109,7 +138,7 @@ def _accumulate(total: torch.Tensor, source: torch.Tensor, kernel: torch.Tensor)
     """Add a 1x1 convolution to `total`, which may be overwritten."""
     if not torch.jit.is_scripting():
         if not torch.is_grad_enabled() and _in_place([source, total]):
-            _rows(total).addmm_(_rows(source), kernel.flatten(1).t())
+            _rows(total).addmm_(_rows(source), kernel.flatten(1).t().to(total.dtype))
             return total
     return F.conv2d(source, kernel).add_(total)
 
@@ -373,6 +402,10 @@ class StageConnections(nn.Module):
             if k < self.first_block:
                 self.send(k, flow)
 
+    def truncate(self, last: int) -> None:
+        """Remove the connections into blocks after block `last`."""
+        raise NotImplementedError
+
     def send(self, k: int, flow: Flow) -> None:
         """Do what is done once for all targets of source k."""
         raise NotImplementedError
@@ -490,14 +523,18 @@ class Connections(StageConnections):
                 if self.expansions:
                     del self.expansions[str(i)]
             elif numbers != before[i]:
-                weight = self.gates[str(i)].weight
-                kept = weight.detach()[[before[i].index(k) for k in numbers]]
-                self.gates[str(i)].weight = nn.Parameter(kept, weight.requires_grad)
+                kept = [before[i].index(k) for k in numbers]
+                for name, weight in list(self.gates[str(i)].named_parameters()):
+                    if weight.ndim == 1:
+                        setattr(self.gates[str(i)], name, nn.Parameter(weight.detach()[kept], weight.requires_grad))
         for k, projection in list(self.projections.items()):
             if int(k) not in self.targets:
                 del self.projections[k]
             elif projection.targets != self.targets[int(k)]:
                 projection.keep(self.targets[int(k)])
+
+    def truncate(self, last: int) -> None:
+        self.remove({(i, k) for i, numbers in self.sources.items() for k in numbers if i > last})
 
     def fuse(self) -> StageConnections:
         """The same as plain convolutions, for inference; itself if it has norms that do not fold."""
@@ -547,6 +584,18 @@ class FusedConnections(StageConnections):
             for k, (kernel, _) in folded.items():
                 self.convs[str(k)] = _conv1x1(kernel, None)
         self.source_chs = {k: kernel.shape[1] for k, (kernel, _) in folded.items()}
+
+    def truncate(self, last: int) -> None:
+        before = self.targets
+        for i in [i for i in self.sources if i > last]:
+            del (self.expansions or self.convs)[str(i)]
+        self.connect({i: numbers for i, numbers in self.sources.items() if i <= last})
+        if self.expansions:
+            for k, targets in before.items():
+                weight = self.convs.pop(str(k)).weight.detach().unflatten(0, (len(targets), -1))
+                if k in self.targets:
+                    kept = [targets.index(i) for i in self.targets[k]]
+                    self.convs[str(k)] = _conv1x1(weight[kept].flatten(0, 1), None)
 
     def send(self, k: int, flow: Flow) -> None:
         if self.expansions:

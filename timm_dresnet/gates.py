@@ -74,11 +74,17 @@ class LinearGate(nn.Module):
             init: Gate value F(w) to start from.
         """
         super().__init__()
-        self.weight = nn.Parameter(torch.full((size,), float(init), device=device, dtype=dtype))
+        # another name than that of weights which mean something else, so that those do not load here
+        self.linear_weight = nn.Parameter(torch.full((size,), float(init), device=device, dtype=dtype))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """w, `[size]`."""
+        return self.linear_weight
 
     def forward(self) -> torch.Tensor:
         """Gate values, `[size]`."""
-        return self.weight
+        return self.linear_weight
 
 
 GATES = {'sigmoid': SigmoidGate, 'gauss': GaussGate, 'linear': LinearGate}

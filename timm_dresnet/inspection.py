@@ -112,7 +112,7 @@ def connections(model: nn.Module, images: Optional[torch.Tensor] = None) -> List
     if not isinstance(model, (AdaResNet, DResNet)):
         raise ValueError(f'connections are learned in a DResNet or an AdaResNet, got a {type(model).__name__}.')
     if model.fused:
-        raise ValueError('a fused model has no gates or skip weights any more: look at the one that it was made from.')
+        raise ValueError('a fused model has lost gates or skip weights: look at the one that it was made from.')
     if isinstance(model, AdaResNet):
         measures = {} if images is None else _measure_adaresnet(model, images)
         return [

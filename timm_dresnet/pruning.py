@@ -13,12 +13,12 @@ def prune_connections(
         model: DResNet,
         min_gate: Optional[float] = None,
         min_effect: Optional[float] = None,
-        share: Optional[float] = None,
+        keep: Optional[float] = None,
         images: Optional[torch.Tensor] = None,
 ) -> List[Dict[str, Any]]:
     """Remove connections from a network, in place.
 
-    Which ones is said by one of ``min_gate``, ``min_effect`` and ``share``. The network trains, saves, loads and fuses
+    Which ones is said by one of ``min_gate``, ``min_effect`` and ``keep``. The network trains, saves, loads and fuses
     as before; an optimizer made for it must be made again. Its argument ``pruned_connections`` builds it with what is
     left: ``timm.models.save_for_hf(model, folder, model_args=dict(pruned_connections=model.pruned_connections))``.
 
@@ -27,7 +27,7 @@ def prune_connections(
         min_gate: Remove connections whose gate value is smaller than this, sign aside.
         min_effect: Remove connections whose effect is smaller than this: the norm of what they add to the input of
             their target over the norm of that input, on ``images``.
-        share: Keep this share of the connections there are, from 0 to 1: those with the largest effect where
+        keep: The share of the connections there are to keep, from 0 to 1: those with the largest effect where
             ``images`` are given, else those with the largest gate values.
         images: Images to measure effects on, preprocessed, `[B, C, H, W]`.
 
@@ -39,23 +39,23 @@ def prune_connections(
     """
     if not isinstance(model, DResNet):
         raise ValueError(f'connections are pruned in a DResNet, got a {type(model).__name__}.')
-    if sum(limit is not None for limit in (min_gate, min_effect, share)) != 1:
-        raise ValueError('say what to remove by one of min_gate, min_effect and share.')
+    if sum(limit is not None for limit in (min_gate, min_effect, keep)) != 1:
+        raise ValueError('say what to remove by one of min_gate, min_effect and keep.')
     for name, limit in (('min_gate', min_gate), ('min_effect', min_effect)):
         if limit is not None and not limit >= 0:
             raise ValueError(f'{name} must be a number from 0 on, got {limit}.')
     if min_effect is not None and images is None:
         raise ValueError('min_effect needs images to measure effects on.')
-    if share is not None and not 0 <= share <= 1:
-        raise ValueError(f'share must lie between 0 and 1, got {share}.')
+    if keep is not None and not 0 <= keep <= 1:
+        raise ValueError(f'keep must lie between 0 and 1, got {keep}.')
 
     records = connections(model, None if min_gate is not None else images)
     strength = [record.get('effect', abs(record['gate'])) for record in records]
-    if share is None:
+    if keep is None:
         limit = min_gate if min_effect is None else min_effect
         removed = [record for record, value in zip(records, strength) if value < limit]
     else:
-        weakest = sorted(range(len(records)), key=strength.__getitem__)[:len(records) - round(share * len(records))]
+        weakest = sorted(range(len(records)), key=strength.__getitem__)[:len(records) - round(keep * len(records))]
         removed = [records[j] for j in sorted(weakest)]
     model.prune_connections([(record['target'], record['source']) for record in removed])
     return removed

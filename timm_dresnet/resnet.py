@@ -23,12 +23,16 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 
 
-def fold_norms(block: nn.Module) -> None:
+def fold_norms(block: nn.Module) -> bool:
     """Fold each batch norm of a residual block into the convolution before it, for inference.
 
     Args:
         block: A block of timm's ResNet, changed in place. Other norms stay as they are.
+
+    Returns:
+        Whether there was one.
     """
+    folded = False
     pairs = [(block, f'conv{i}', f'bn{i}') for i in (1, 2, 3)]
     if block.downsample is not None:
         last = len(block.downsample) - 1
@@ -39,6 +43,8 @@ def fold_norms(block: nn.Module) -> None:
             conv.weight, conv.bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
             setattr(module, norm_name, nn.Identity())
+            folded = True
+    return folded
 
 
 def is_batch_norm(norm: nn.Module) -> bool:

@@ -82,7 +82,6 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--drop-path', type=float, metavar='X', help='stochastic depth')
     group.add_argument('--drop-block', type=float, metavar='X', help='DropBlock')
     group.add_argument('--bn-momentum', type=float, metavar='X', help='momentum of batch norm')
-    group.add_argument('--bn-eps', type=float, metavar='X', help='epsilon of batch norm')
     group.add_argument('--head-init-scale', type=float, metavar='X', help='scale the initial weights of the classifier')
     group.add_argument('--head-init-bias', type=float, metavar='X', help='initial bias of the classifier')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
@@ -276,5 +275,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
             wanted = _wanted(actions[key], value)
             if wanted:
                 parser.error(f'{path}: {key} must be {wanted}, not {reprlib.repr(value)}.')
+            if value is not None and actions[key].type:  # argparse converts no lists
+                convert = actions[key].type
+                recipe[key] = [convert(v) for v in value] if isinstance(value, list) else convert(value)
         parser.set_defaults(**recipe)
     return parser.parse_args(argv)

@@ -62,11 +62,14 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
         if not source:
             raise
         raise ValueError(f'{source}: {str(e).splitlines()[0] if str(e) else "no such file"}') from e
+    if getattr(model, 'fused', False):
+        raise ValueError(f'{args.model} is fused for inference: train the model that it was made from.')
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = module.momentum if args.bn_momentum is None else args.bn_momentum
-            module.eps = module.eps if args.bn_eps is None else args.bn_eps
     head = model.get_classifier()
+    if args.num_classes == 0 and (args.head_init_scale, args.head_init_bias, args.linear_probe) != (None, None, False):
+        raise ValueError('--head-init-scale, --head-init-bias and --linear-probe need more classes than 0.')
     with torch.no_grad():
         if args.head_init_scale is not None:
             head.weight.mul_(args.head_init_scale)

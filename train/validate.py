@@ -12,14 +12,14 @@ from timm.utils import ParseKwargs, init_distributed_device, is_primary, setup_d
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from timm_dresnet.untrusted import load_folder
 
-from .arguments import add_data_arguments, add_device_arguments
+from .arguments import add_data_arguments, add_device_arguments, create_parser
 from .data import BadImageError, check_classes, create_eval_loader
 from .engine import validate
 from .files import write_csv
-from .trainer import create_autocast
+from .trainer import create_autocast, create_model
 
-# arguments of a run that say how its model is made
-_OF_MODEL = ('model', 'num_classes', 'in_chans', 'model_kwargs')
+# what a run may begin with, but its checkpoints do not
+_WITHOUT_WEIGHTS = dict(pretrained=False, pretrained_path=None, initial_checkpoint='', linear_probe=False)
 
 
 def load_model(name: str, args: argparse.Namespace) -> Tuple[torch.nn.Module, Dict[str, Any]]:
@@ -43,15 +43,14 @@ def load_model(name: str, args: argparse.Namespace) -> Tuple[torch.nn.Module, Di
             model = load_folder(path)
         elif path.is_file():
             run = load_checkpoint_metadata(name).get('args') if name.endswith('.pth.tar') else None
-            trained = dict(vars(run)) if run is not None else {}
-            made = {key: trained[key] for key in _OF_MODEL if trained.get(key)}
-            made.update({key: value for key, value in dict(
-                model=args.arch, num_classes=args.num_classes, in_chans=args.in_chans, **args.model_kwargs,
-            ).items() if value})
-            if 'model' not in made:
+            if run is None and not args.arch:
                 raise ValueError(f'{name} holds weights alone: say with --arch what model they are of.')
-            made.update(made.pop('model_kwargs', {}))
-            model = timm.create_model(made.pop('model'), **made)
+            trained = vars(run) if run is not None else {}
+            made = argparse.Namespace(**{**vars(create_parser().parse_args([])), **trained, **_WITHOUT_WEIGHTS})
+            made.model, made.in_chans = args.arch or made.model, args.in_chans or made.in_chans
+            made.num_classes = made.num_classes if args.num_classes is None else args.num_classes
+            made.model_kwargs = {**made.model_kwargs, **args.model_kwargs}
+            model = create_model(made)
             load_checkpoint(model, name)  # the moving average, if there is one
             return model, resolve_input_data_config(model, trained)
         else:
@@ -106,7 +105,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     except (OSError, ValueError, BadImageError) as e:
         sys.exit(f'python -m train.validate: error: {" ".join(str(e).split())}')
     if is_primary(args):
-        print(f'| model | size | top-1, % | top-5, % | loss | ({len(loader.dataset):,} images)')
+        print(f'On {len(loader.dataset):,} images:\n')
+        print('| model | size | top-1, % | top-5, % | loss |')
         print('| --- | --- | --- | --- | --- |')
         for name, size, metrics in rows:
             print(f'| {name} | {size} | {metrics["top1"]:.2f} | {metrics["top5"]:.2f} | {metrics["loss"]:.4f} |')
