@@ -104,7 +104,7 @@ def test_validate(digits_folder, capsys):
     checkpoint = digits_folder / 'last.pth.tar'
     validate.main([str(digits_folder), str(checkpoint), '--dataset', 'digits', '--workers', '0', '--img-size', '16',
                    '24'])
-    lines = [re.split(r' *\| *', line)[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    lines = [re.split(r' *\| *', line)[1:-1] for line in capsys.readouterr().out.splitlines()[4:]]
     assert [line[:2] for line in lines] == [
         [str(name), size] for name in (digits_folder, checkpoint) for size in ('16', '24')]
     assert lines[0][2:] == lines[2][2:] and lines[1][2:] == lines[3][2:] and lines[0][2:] != lines[1][2:]
