@@ -258,8 +258,10 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
 def family_card() -> ModelCard:
     """Write the card of all models whose weights are in the package."""
     zoo = yaml.safe_load(ZOO.with_suffix('.yaml').read_text())
-    rows = []
+    rows, notes = [], {}
     for tag, facts in zoo.items():
+        if 'note' in facts:
+            notes.setdefault(facts['note'], []).append(f'`{tag}`')
         run, model = Run.read(ZOO / tag, **facts), timm.create_model(tag)
         rows.append(dict(
             tag=tag,
@@ -281,7 +283,7 @@ def family_card() -> ModelCard:
         template_path=str(Path(__file__).parent / 'family_card.md.j2'),
         about=_ABOUT,
         rows=rows,
-        notes=dict.fromkeys(facts['note'] for facts in zoo.values()),
+        notes=notes,
         results=(_ROOT / 'README.md').read_text().split('\n## Results\n')[1].split('\n## ')[0].strip(),
         sources=[source for sources in _SOURCES.values() for source in sources] + _EVERY_SOURCE,
     )

@@ -242,6 +242,8 @@ def _create_adaresnet(variant: str, pretrained: bool = False, **kwargs) -> AdaRe
     )
 
 
+_PAPERS = ('arXiv:2408.09958', 'arXiv:1512.03385')
+
 default_cfgs = generate_default_cfgs({
     **grown_cfgs('adaresnet18', 'resnet18'),
     **grown_cfgs('adaresnet34', 'resnet34'),
@@ -249,11 +251,10 @@ default_cfgs = generate_default_cfgs({
     **grown_cfgs('adaresnet101', 'resnet101'),
     **grown_cfgs('adaresnet152', 'resnet152'),
     'adaresnet18_cifar': _cifar_cfg(pool_size=(4, 4)),
-    'adaresnet20_cifar': _cifar_cfg(),
+    'adaresnet20_cifar.c10': _c10_cfg('adaresnet20_cifar.c10', paper_ids=_PAPERS),
     'adaresnet56_cifar': _cifar_cfg(),
     'adaresnet110_cifar': _cifar_cfg(),
-    'test_adaresnet.c10': _c10_cfg(
-        'test_adaresnet.c10', pool_size=(4, 4), paper_ids=('arXiv:2408.09958', 'arXiv:1512.03385')),
+    'test_adaresnet.c10': _c10_cfg('test_adaresnet.c10', pool_size=(4, 4), paper_ids=_PAPERS),
 })
 
 
