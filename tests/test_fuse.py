@@ -93,6 +93,9 @@ def test_a_copy_or_in_place(name):
     model.train()
     assert reparameterize_model(model, inplace=True) is model
     torch.testing.assert_close(model.eval()(x), expected, rtol=1e-9, atol=1e-9)
+    twice = reparameterize_model(model)
+    torch.testing.assert_close(twice(x), expected, rtol=1e-9, atol=1e-9)
+    assert twice.fused and twice.state_dict().keys() == model.state_dict().keys()
 
 
 @saves_arguments

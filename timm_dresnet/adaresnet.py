@@ -95,8 +95,9 @@ class AdaBlock:
     @torch.no_grad()
     def reparameterize(self) -> None:
         """Fold norms into convolutions, and with them the weight of a projection shortcut, for inference."""
-        self.fused = fold_norms(self)
-        if self.downsample is not None and isinstance(self.downsample[-1], nn.Identity):
+        self.fused = fold_norms(self) or self.fused
+        folded = self.downsample is not None and isinstance(self.downsample[-1], nn.Identity)
+        if folded and isinstance(self.skip_weight, SkipWeight):
             conv = self.downsample[-2]
             conv.weight.mul_(self.skip_weight.alpha)
             conv.bias.mul_(self.skip_weight.alpha)

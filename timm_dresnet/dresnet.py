@@ -27,7 +27,7 @@ class DResNetStage(nn.Sequential):
 
     def reparameterize(self) -> None:
         """Fold norms into convolutions, for inference."""
-        self.fused = any([fold_norms(block) for block in self])
+        self.fused = any([fold_norms(block) for block in self]) or self.fused
 
     def forward(self, x: torch.Tensor, flow: Flow) -> torch.Tensor:
         """
