@@ -9,6 +9,7 @@ import sys
 import pytest
 import timm
 import yaml
+from safetensors.torch import save_file
 
 from train import compare, validate
 from train.compare import load_config
@@ -113,11 +114,18 @@ def test_validate(digits_folder, capsys):
         [float(last[f'eval_{key}']) for key in ('top1', 'top5', 'loss')], abs=0.006)
 
 
-def test_validate_weights_alone(digits_folder, capsys):
+def test_validate_weights_alone(digits_folder, tmp_path, capsys):
     arguments = ['--dataset', 'digits', '--workers', '0', '--img-size', '16']
     weights = str(digits_folder / 'model.safetensors')
     validate.main([weights, '--arch', 'dresnet20_cifar', '--num-classes', '10', '--in-chans', '1', *arguments])
-    assert weights in capsys.readouterr().out
+    of_folder = capsys.readouterr().out.splitlines()[-1]
+    assert weights in of_folder
+    fused = tmp_path / 'fused.safetensors'
+    model = timm.create_model(f'local-dir:{digits_folder}', pretrained=True)
+    save_file(timm.utils.reparameterize_model(model.eval()).state_dict(), fused)
+    validate.main([str(fused), '--arch', 'dresnet20_cifar', '--num-classes', '10', '--in-chans', '1', '--model-kwargs',
+                   'inference_mode=True', *arguments])
+    assert capsys.readouterr().out.splitlines()[-1].split('|')[3:5] == of_folder.split('|')[3:5]
     for args, word in (([weights], '--arch'), (['no_such_model'], 'no_such_model'),
                        ([weights, '--arch', 'resnet20_cifar'], weights),
                        ([str(digits_folder), '--val-split', 'test'], 'validation')):

@@ -62,8 +62,6 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
         if not source:
             raise
         raise ValueError(f'{source}: {str(e).splitlines()[0] if str(e) else "no such file"}') from e
-    if getattr(model, 'fused', False):
-        raise ValueError(f'{args.model} is fused for inference: train the model that it was made from.')
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = module.momentum if args.bn_momentum is None else args.bn_momentum
@@ -83,7 +81,13 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
 
 
 def create_task(args: argparse.Namespace, model: torch.nn.Module, device: torch.device) -> Task:
-    """The model with its loss, its moving average, compiled and distributed as asked for."""
+    """The model with its loss, its moving average, compiled and distributed as asked for.
+
+    Raises:
+        ValueError: If the model cannot be trained.
+    """
+    if getattr(model, 'fused', False):
+        raise ValueError(f'{args.model} is fused for inference: train the model that it was made from.')
     loss = dict(
         smoothing=args.smoothing,
         soft_targets=args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None,  # these smooth targets too
