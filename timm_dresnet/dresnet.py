@@ -246,7 +246,7 @@ default_cfgs = generate_default_cfgs({
     **grown_cfgs('dresnet101', 'resnet101'),
     **grown_cfgs('dresnet101_gauss', 'resnet101'),
     'dresnet18_cifar': _cifar_cfg(pool_size=(4, 4)),
-    'dresnet20_cifar': _cifar_cfg(),
+    'dresnet20_cifar.c10': _c10_cfg('dresnet20_cifar.c10', origin_url=_PROPOSAL),
     'dresnet56_cifar': _cifar_cfg(),
     'test_dresnet.c10': _c10_cfg('test_dresnet.c10', pool_size=(4, 4), origin_url=_PROPOSAL),
 })
