@@ -5,6 +5,7 @@ and their accuracies into the package.
 """
 import argparse
 import csv
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -25,6 +26,10 @@ PICTURES = {
     'connections_history.png': 'The learned connections over the epochs',
 }
 TABLES = ('args.yaml', 'summary.csv', 'connections.csv', 'validation.csv')
+
+# those arguments of a run that say where its images for validation are
+_DATA_ARGUMENTS = (
+    'dataset', 'data_dir', 'val_split', 'val_num_samples', 'class_map', 'input_img_mode', 'input_key', 'target_key')
 
 _DATASETS = {
     'cifar10': 'CIFAR-10',
@@ -100,14 +105,19 @@ class Run:
     @property
     def dataset_key(self) -> str:
         """What timm calls it, or its folder."""
-        return (self.args.get('dataset') or self.args.get('data_dir') or 'unknown').split('/', 1)[-1]
+        if name := self.args.get('dataset'):
+            return name.split('/', 1)[-1]
+        return Path(self.args.get('data_dir') or 'unknown').name
 
     @property
     def data_arguments(self) -> str:
         """The part of a command that says where the images are."""
-        if not self.args.get('dataset'):
-            return '--data-dir PATH'
-        return f'--dataset {self.args["dataset"]}' + (' --data-dir PATH' if self.args.get('data_dir') else '')
+        given = {key: self.args[key] for key in _DATA_ARGUMENTS if self.args.get(key)}
+        if 'dataset' not in given or 'data_dir' in given:
+            given['data_dir'] = 'PATH'
+        if given.get('val_split') == 'validation':  # the default
+            del given['val_split']
+        return ' '.join(f'--{key.replace("_", "-")} {shlex.quote(str(value))}' for key, value in given.items())
 
     @property
     def metrics(self) -> Optional[Dict[str, float]]:
@@ -121,12 +131,23 @@ class Run:
     @property
     def base_model(self) -> Optional[str]:
         """The repository on the Hub whose weights the training began with."""
-        if not self.args.get('pretrained') or self.args.get('pretrained_path'):
+        if not self.args.get('pretrained') or self.args.get('pretrained_path') or self.args.get('initial_checkpoint'):
             return None
         name = self.args['model']
         if name.startswith('hf-hub:'):
             return name[len('hf-hub:'):].split('@')[0]
         return timm.get_pretrained_cfg(name).hf_hub_id if timm.is_model(name) else None
+
+
+    @property
+    def start(self) -> Optional[str]:
+        """The weights that the training began with: a repository on the Hub, a file, or a model of the package."""
+        file = self.args.get('initial_checkpoint') or self.args.get('pretrained_path')
+        if file or not self.args.get('pretrained'):
+            return file or None
+        name = self.args['model']
+        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        return self.base_model or (f'{cfg.architecture}.{cfg.tag}' if cfg else name)
 
 
 def without_paths(args: Dict[str, Any]) -> Dict[str, Any]:
@@ -167,8 +188,8 @@ def _describe_training(run: Run, size: int) -> str:
     if args.get('lr'):
         what.append(f'learning rate {args["lr"]:g}')
     what.append(f'batches of {args["batch_size"]}')
-    if run.base_model:
-        what.append(f'starting from {run.base_model}')
+    if run.start:
+        what.append(f'starting from {run.start}')
     return f'{", ".join(what)}.'
 
 

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
-import timm
 import torch
 import yaml
 from safetensors.torch import save
+from timm_dresnet.untrusted import load_folder
 
 from .cards import PICTURES, TABLES, ZOO, Run
 
@@ -27,13 +27,11 @@ def package(folder: Path, tag: str) -> None:
         tag: Model name and tag, such as 'test_dresnet.c10'.
 
     Raises:
+        OSError: If a file cannot be read or written.
         ValueError: If the folder does not hold such a model, half precision cannot hold its weights, or the record of
             its run is damaged.
     """
-    try:
-        model = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    except Exception as e:  # whatever a damaged file makes timm and safetensors raise
-        raise ValueError(f'{folder} holds no model that timm can load: {e}') from e
+    model = load_folder(folder)
     architecture = model.pretrained_cfg['architecture']
     if not re.fullmatch(rf'{architecture}\.\w+', tag):
         raise ValueError(

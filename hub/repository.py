@@ -178,7 +178,9 @@ def push(job: Job, folder: Path, model: nn.Module, private: bool, revision: Opti
             raise ValueError(f'{repo} cannot be loaded: {e}. Push it again.') from e
     if not torch.allclose(_logits(loaded.eval()), _logits(model), rtol=1e-4, atol=1e-5):
         raise ValueError(f'{repo} is not what was pushed: its logits are others. Push it again.')
-    print(f"Loaded back, with equal logits: timm.create_model('hf-hub:{job.repo_id}', pretrained=True)")
+    branch = revision or commit.pr_revision
+    name = f'{job.repo_id}@{branch}' if branch else job.repo_id
+    print(f"Loaded back, with equal logits: timm.create_model('hf-hub:{name}', pretrained=True)")
 
 
 def _commit(api: HfApi, repo_id: str, folder: Path, revision: Optional[str], create_pr: bool) -> Any:

@@ -37,7 +37,7 @@ def rows(path):
 def test_comparison(tmp_path):
     """Stopped in the first of four runs, then gone on with."""
     command = [sys.executable, '-m', 'train.compare', '--config', str(comparison(tmp_path / 'small.yaml')), '--output',
-               str(tmp_path), '--val-interval', '1']
+               str(tmp_path), '--val-interval', '1', '--experiment', 'each-has-its-own']
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     log = ''
     for line in process.stderr:
@@ -112,6 +112,18 @@ def test_validate(digits_folder, capsys):
     last = rows(digits_folder / 'summary.csv')[-1]
     assert [float(value) for value in lines[0][2:]] == pytest.approx(
         [float(last[f'eval_{key}']) for key in ('top1', 'top5', 'loss')], abs=0.006)
+
+
+def test_validate_prints_what_it_has_measured(digits_folder, tmp_path, capsys):
+    arguments = ['--dataset', 'digits', '--workers', '0']
+    with pytest.raises(SystemExit):
+        validate.main([str(digits_folder), 'no_such_model', *arguments])
+    assert str(digits_folder) in capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        validate.main([str(digits_folder), *arguments, '--csv', str(tmp_path / 'nowhere' / 'x.csv')])
+    assert 'nowhere' in capsys.readouterr().err
+    validate.main([str(digits_folder), *arguments, '--csv', str(tmp_path / 'x.csv')])
+    assert [line['model'] for line in rows(tmp_path / 'x.csv')] == [str(digits_folder)]
 
 
 def test_validate_weights_alone(digits_folder, tmp_path, capsys):

@@ -118,6 +118,8 @@ def test_repeated_augmentation():
     images = batches(loader)[0][0]
     assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
     assert not torch.equal(images[2], images[3])
+    other = arguments('--dataset', 'digits', '--aug-repeats', 3, '--no-aug', '--seed', 43)
+    assert not torch.equal(images, batches(create_train_loader(other, SIZE, 10, CPU))[0][0])
 
 
 def test_mixup_ends():

@@ -14,6 +14,7 @@ import timm
 import timm_dresnet
 import torch
 import torch.nn.functional as F
+import yaml
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 from timm.models import save_for_hf
@@ -116,6 +117,7 @@ def test_pull_request(alice, push):
     printed, failed = push('--create-pr')
     assert not failed and f'Pushed to {alice.url}/alice/model/discussions/1' in printed
     assert alice.files('alice/model')['config.json'] != alice.files('alice/model', 'refs/pr/1')['config.json']
+    assert "timm.create_model('hf-hub:alice/model@refs/pr/1', pretrained=True)" in printed
     proposed = timm.create_model('hf-hub:alice/model@refs/pr/1', pretrained=True)
     assert isinstance(proposed, timm_dresnet.DResNet)
 
@@ -134,7 +136,8 @@ def test_changes_are_one_commit(alice, push, digits_folder):
 
 
 def test_branch_and_private(alice, push):
-    assert not push('--private', '--revision', 'wide')[1]
+    printed, failed = push('--private', '--revision', 'wide')
+    assert not failed and "timm.create_model('hf-hub:alice/model@wide', pretrained=True)" in printed
     assert alice.repos['alice/model'].private
     assert set(alice.files('alice/model')) == {'.gitattributes'}
     assert 'model.safetensors' in alice.files('alice/model', 'wide')
@@ -193,6 +196,29 @@ def test_card_of_a_grown_model(hub, push, folders, tmp_path):
     card = ModelCard.load(tmp_path / 'new/README.md')
     assert card.data.base_model == 'timm/resnet50.a1_in1k' and card.data.datasets == ['alice/birds']
     assert 'starting from timm/resnet50.a1_in1k' in card.text and 'on alice/birds at 32x32' in card.text
+
+
+@pytest.mark.parametrize('args,start', [
+    (dict(model='dresnet18', pretrained=True), 'dresnet18.tiny_in'),
+    (dict(model='dresnet18', pretrained=True, pretrained_path='/home/bob/flowers.safetensors'), 'flowers.safetensors'),
+    (dict(model='resnet18', pretrained=True, initial_checkpoint='last.pth.tar'), 'last.pth.tar'),
+    (dict(model='resnet18', pretrained=True), 'timm/resnet18.a1_in1k'),
+    (dict(model='resnet18', pretrained=False), None),
+])
+def test_start_of_a_run(args, start, tmp_path):
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(dict(args, epochs=1, seed=0, opt='sgd', batch_size=2)))
+    assert cards.Run.read(tmp_path).start == start
+
+
+@pytest.mark.parametrize('args,name,arguments', [
+    (dict(dataset='', data_dir='data/images/flowers/', val_split='validation'), 'flowers', '--data-dir PATH'),
+    (dict(dataset='hfds/alice/birds', val_split='test', input_key='img', target_key='the label', class_map=''),
+     'alice/birds', "--dataset hfds/alice/birds --val-split test --input-key img --target-key 'the label'"),
+    (dict(dataset='torch/cifar10', data_dir='/data'), 'CIFAR-10', '--dataset torch/cifar10 --data-dir PATH'),
+])
+def test_data_of_a_run(args, name, arguments):
+    run = cards.Run(args)
+    assert (run.dataset, run.data_arguments) == (name, arguments)
 
 
 @pytest.mark.parametrize('token,message', [
@@ -399,7 +425,7 @@ def test_package(digits_folder, tmp_path, monkeypatch, capsys):
             (digits_folder, 'dresnet18.digits', 'holds a dresnet20_cifar'),
             (digits_folder, 'dresnet20_cifar', 'holds a dresnet20_cifar'),
             (digits_folder, 'dresnet20_cifar.a/b', 'holds a dresnet20_cifar'),
-            (tmp_path, 'dresnet18.digits', 'no model that timm can load'),
+            (tmp_path, 'dresnet18.digits', 'holds no config.json'),
             (tmp_path / 'large', 'test_dresnet.c10', 'layer1.0.bn1.running_var in .* half precision cannot hold'),
     ):
         with pytest.raises(SystemExit, match=message):

@@ -356,6 +356,13 @@ def test_gates_and_skip_weights_do_not_decay(name):
 
 
 @models()
+def test_classifier_is_last(name):
+    """As in every model of timm, whose adaptive gradient clipping leaves out the last two parameters."""
+    model = timm.create_model(name, device='meta')
+    assert [key for key, _ in model.named_parameters()][-2:] == ['fc.weight', 'fc.bias']
+
+
+@models()
 def test_layer_decay_groups(name):
     from timm.models import group_parameters
     model = create(name, device='meta')

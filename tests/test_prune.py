@@ -169,6 +169,7 @@ def test_frozen_gates_stay_frozen():
     (dict(), ['min_gate', 'min_effect', 'keep']),
     (dict(min_gate=0.1, keep=0.5), ['one of']),
     (dict(min_effect=0.1), ['images']),
+    (dict(min_gate=0.1, images=torch.zeros(1, 3, 32, 32)), ['min_gate', 'images']),
     (dict(keep=1.5), ['between 0 and 1', '1.5']),
 ])
 def test_errors(arguments, words):

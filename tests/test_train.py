@@ -15,6 +15,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import timm_dresnet
 from timm_dresnet.resnet import CIFAR10_MEAN
+from timm_dresnet.untrusted import load_folder
 from train import benchmark_loading, validate
 from train.__main__ import main
 from train.arguments import parse_args
@@ -83,6 +84,7 @@ def train(output, *args):
     ['--model', 'test_dresnet', '--aa', 'original', '--opt', 'adamw', '--lr', 0.01, '--sched', 'wsd',
      '--decay-epochs', 1, '--cutmix-minmax', 0.2, 0.8, '--eval-metric', 'loss', '--checkpoint-hist', 2, '--gp',
      'avgmax'],
+    ['--model', 'resnet20_cifar', '--opt', 'adahessian', '--lr', 0.05, '--sched', 'wsd'],
 ], ids=lambda args: args[1])
 def test_other_arguments(args, tmp_path):
     folder = train(tmp_path, *args)
@@ -117,6 +119,47 @@ def test_the_same_command_again(tmp_path, caplog):
     train(tmp_path, *args, '--seed', 1)
     assert (tmp_path / 'digits' / 'model.safetensors').stat() == weights
     assert (tmp_path / 'digits-1' / 'model.safetensors').exists()
+
+
+def write_digits(folder, classes):
+    """Forty images of each class to train on, ten to validate."""
+    for split, count in (('train', 40), ('validation', 10)):
+        digits = Digits(split)
+        for name, digit in classes[split].items():
+            (folder / split / name).mkdir(parents=True)
+            for i in [i for i, (_, target) in enumerate(digits) if target == digit][:count]:
+                digits[i][0].save(folder / split / name / f'{i}.png')
+    return folder
+
+
+def test_images_of_another_folder_are_another_run(tmp_path, caplog):
+    odd, even = {'a': 1, 'b': 3}, {'c': 2, 'd': 4}
+    first = write_digits(tmp_path / 'odd', dict(train=odd, validation=odd))
+    second = write_digits(tmp_path / 'even', dict(train=even, validation=even))
+    args = ['--model', 'test_dresnet', '--dataset', '', '--num-classes', 2, '--epochs', 1, '--batch-size', 20]
+    train(tmp_path, *args, '--data-dir', first)
+    train(tmp_path, *args, '--data-dir', second)
+    assert [timm.create_model(f'local-dir:{tmp_path / name}').pretrained_cfg['label_names'] for name in (
+        'digits', 'digits-1')] == [['a', 'b'], ['c', 'd']]
+    (tmp_path / 'moved').mkdir()
+    with caplog.at_level(logging.INFO, 'train'):
+        train(tmp_path, *args, '--data-dir', second.rename(tmp_path / 'moved' / 'even'))
+    assert f'{tmp_path / "digits-1"}' in caplog.text and 'already' in caplog.text
+
+
+def test_classes_must_be_the_same(tmp_path):
+    """Else the numbers of classes mean one thing in training and another in validation."""
+    folder = write_digits(tmp_path / 'images', dict(train={'a': 1, 'b': 2, 'c': 3}, validation={'a': 1, 'c': 3}))
+    with pytest.raises(SystemExit, match='training has 3 classes, validation 2, and not the same ones: b'):
+        train(tmp_path, '--model', 'test_dresnet', '--dataset', '', '--data-dir', folder, '--num-classes', 3)
+    with pytest.raises(SystemExit, match='3 classes, the model 2: see --num-classes'):
+        train(tmp_path, '--model', 'test_dresnet', '--dataset', '', '--data-dir', folder, '--num-classes', 2)
+
+
+def test_more_outputs_than_classes(tmp_path):
+    folder = train(tmp_path, '--model', 'test_dresnet', '--num-classes', 12, '--epochs', 1)
+    model = load_folder(folder)
+    assert model.num_classes == 12 and model.pretrained_cfg.get('label_names') is None
 
 
 def test_linear_probe(digits_folder, tmp_path):
@@ -211,7 +254,7 @@ def test_loading_process_that_is_killed_while_results_are_measured(digits_folder
     (['--model', 'dresnet20_cifra'], ["'dresnet20_cifra'", 'dresnet20_cifar']),
     (['--model-kwargs', 'gate=sigmod'], ['gate', 'sigmoid', 'sigmod']),
     (['--model-kwargs', 'gat=gauss'], ['dresnet20_cifar', 'gat']),
-    (['--pretrained'], ['--pretrained', 'dresnet20_cifar']),
+    (['--pretrained', '--model', 'dresnet56_cifar'], ['--pretrained', 'dresnet56_cifar']),
     (['--config', '/no/such/recipe.yaml'], ['/no/such/recipe.yaml', 'No such file']),
     (['--dataset', ''], ['--config', '--data-dir', '--dataset']),
     (['--val-split', 'test'], ['train', 'validation', "'test'"]),
@@ -219,6 +262,7 @@ def test_loading_process_that_is_killed_while_results_are_measured(digits_folder
     (['--batch-size', '2000'], ['--batch-size', '2000']),
     (['--lr', '1e30'], ['loss', '--lr']),
     (['--epochs', 'many'], ['--epochs', 'many']),
+    (['--device', 'abacus'], ['--device abacus']),
     (['--num-classes', '9'], ['10 classes', '9', '--num-classes']),
     (['--initial-checkpoint', '/no/such/file'], ['/no/such/file']),
     (['--pretrained-path', __file__], ['test_train.py', 'weights_only']),

@@ -45,7 +45,7 @@ class Classifier:
         names, subset = cfg.get('label_names'), infer_imagenet_subset(model)
         if isinstance(names, dict):  # by index, some of which may be left out
             names = [names.get(str(i), names.get(i, f'class {i}')) for i in range(model.num_classes)]
-        if names:
+        if names and len(names) == model.num_classes:  # and not those of weights whose classifier was replaced
             descriptions = cfg.get('label_descriptions') or {}
             if all(re.fullmatch(r'n\d{8}', name) for name in names):  # as in ImageNet and its subsets
                 descriptions = {**ImageNetInfo().label_descriptions(as_dict=True), **descriptions}

@@ -115,6 +115,9 @@ class DResNet(ResNet):
                     device=device,
                     dtype=dtype,
                 )
+        fc = self.fc
+        del self.fc
+        self.fc = fc  # last, as timm's adaptive gradient clipping leaves out the last two parameters as the classifier
         self.prune_connections(pruned_connections)
         if inference_mode:
             reparameterize_model(self, inplace=True)

@@ -29,7 +29,7 @@ def prune_connections(
             their target over the norm of that input, on ``images``.
         keep: The share of the connections to keep, from 0 to 1: those with the largest effect where
             ``images`` are given, else those with the largest gate values.
-        images: Images to measure effects on, preprocessed, `[B, C, H, W]`.
+        images: Images to measure effects on, preprocessed, `[B, C, H, W]`, for ``min_effect`` and ``keep``.
 
     Returns:
         Records of what was removed, as `connections` lists them.
@@ -46,10 +46,12 @@ def prune_connections(
             raise ValueError(f'{name} must be a number from 0 on, got {limit}.')
     if min_effect is not None and images is None:
         raise ValueError('min_effect needs images to measure effects on.')
+    if min_gate is not None and images is not None:
+        raise ValueError('min_gate looks at gates alone: leave images out, or say what to remove by min_effect.')
     if keep is not None and not 0 <= keep <= 1:
         raise ValueError(f'keep must lie between 0 and 1, got {keep}.')
 
-    records = connections(model, None if min_gate is not None else images)
+    records = connections(model, images)
     strength = [record.get('effect', abs(record['gate'])) for record in records]
     if keep is None:
         limit = min_gate if min_effect is None else min_effect

@@ -5,7 +5,6 @@ import reprlib
 from pathlib import Path
 from typing import Any, List, Optional
 
-import torch
 import yaml
 from timm.utils import ParseKwargs
 
@@ -38,8 +37,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """What both ask about the device."""
     group = parser.add_argument_group('device')
-    group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME',
-                       help='device to run on')
+    group.add_argument('--device', metavar='NAME', help='device to run on (a GPU if there is one, if not set)')
     group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
     group.add_argument('--amp', action='store_true', help='automatic mixed precision')
     group.add_argument('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='its lower precision')
@@ -122,7 +120,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--min-lr', type=float, default=0., metavar='X', help='lowest learning rate')
     group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N',
                        help='epochs at which a multistep schedule decays')
-    group.add_argument('--decay-epochs', type=float, default=90, metavar='N', help='interval of a step schedule')
+    group.add_argument('--decay-epochs', type=float, metavar='N',
+                       help='interval of a step schedule (90 if not set), or epochs in which wsd and rsqrt decay at the '
+                            'end (a fifth if not set)')
     group.add_argument('--decay-rate', type=float, default=0.1, metavar='X', help='factor of step and multistep')
     group.add_argument('--lr-cycle-mul', type=float, default=1., metavar='X', help='growth of cycles')
     group.add_argument('--lr-cycle-decay', type=float, default=0.5, metavar='X', help='decay from cycle to cycle')

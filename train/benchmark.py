@@ -13,7 +13,6 @@ import platform
 import re
 import shlex
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from tqdm import tqdm
 from timm_dresnet.resnet import fold_norms
 
 from .arguments import parse_args
-from .files import replace
+from .files import beside
 from .trainer import create_model
 
 _PAIRS = [('dresnet18', 'resnet18'), ('adaresnet50', 'resnet50'), ('dresnet50', 'resnet50')]
@@ -330,10 +329,8 @@ def describe(args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
 
 def write(text: str, path: Path) -> None:
     """Write a file whole."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.benchmark-') as folder:
-        new = Path(folder, path.name)
-        new.write_text(text, encoding='utf-8')
-        replace(new, path)
+    with beside(path.parent) as new:
+        (new / path.name).write_text(text, encoding='utf-8')
 
 
 def main(argv: Optional[List[str]] = None) -> None:

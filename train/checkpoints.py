@@ -24,7 +24,7 @@ _logger = logging.getLogger('train')
 
 # arguments that may differ when a run goes on, since they do not change what comes out
 _FREE = {
-    'bad_images', 'checkpoint_hist', 'data_dir', 'device', 'experiment', 'in_memory', 'log_interval',
+    'bad_images', 'checkpoint_hist', 'device', 'experiment', 'in_memory', 'log_interval',
     'log_tensorboard', 'log_wandb', 'output', 'pin_mem', 'recovery_interval', 'validation_batch_size', 'wandb_project',
     'wandb_tags', 'worker_timeout', 'workers',
 }
@@ -44,7 +44,10 @@ def open_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
         recipe: All arguments of the run.
     """
     def binding(arguments: Dict[str, Any]) -> Dict[str, Any]:
-        return {key: value for key, value in arguments.items() if key not in _FREE}
+        bound = {key: value for key, value in arguments.items() if key not in _FREE}
+        if bound.get('data_dir'):  # which may have another path on another machine, or in another job
+            bound['data_dir'] = Path(bound['data_dir']).name
+        return bound
 
     text = yaml.safe_dump(recipe)
     number = 0

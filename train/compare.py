@@ -9,7 +9,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
@@ -23,7 +22,7 @@ from timm.utils import setup_default_logging
 from .benchmark import count_multiply_adds
 from .checkpoints import is_finished, open_folder
 from .engine import Stop
-from .files import read_csv, replace, write_csv
+from .files import beside, read_csv, write_csv
 
 _logger = logging.getLogger('train')
 _HERE = Path(__file__).parent
@@ -122,10 +121,8 @@ def write_table(lines: List[Dict[str, Any]], folder: Path) -> None:
         f'| {line["epochs"]} | {line["seeds"]} |'
         for line in lines
     ]
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.table-') as name:
-        new = Path(name, 'comparison.md')
-        new.write_text('\n'.join(text) + '\n')
-        replace(new, folder / new.name)
+    with beside(folder) as new:
+        (new / 'comparison.md').write_text('\n'.join(text) + '\n')
 
 
 def _curve(folders: List[Path], column: str) -> List[List[float]]:
@@ -156,16 +153,13 @@ def draw(runs: Dict[str, List[Path]], folder: Path) -> None:
         axes.legend()
         figure.savefig(path, dpi=150)
 
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.draw-') as name:
-        new = Path(name)
+    with beside(folder) as new:
         for kind, (label, columns) in _CURVES.items():
             curves = {model: _curve(folders, columns['validation']) for model, folders in runs.items()}
             save(curves, label, 'Validation', new / f'{kind}.png')
             for model, folders in runs.items():
                 curves = {part: _curve(folders, column) for part, column in columns.items()}
                 save(curves, label, model, new / f'{_slug(model)}_{kind}.png')
-        for file in new.iterdir():
-            replace(file, folder / file.name)
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -200,8 +194,9 @@ def main(argv: Optional[List[str]] = None) -> None:
                 if not is_finished(folder / experiment):
                     _logger.info(f'{model}, seed {seed}')
                     path = folder / f'{experiment}.yaml'
-                    path.write_text(yaml.safe_dump({**recipe, 'seed': seed, 'experiment': experiment}))
-                    run([sys.executable, '-m', 'train', '--config', str(path), '--output', str(folder), *others], stop)
+                    path.write_text(yaml.safe_dump({**recipe, 'seed': seed}))
+                    command = [sys.executable, '-m', 'train', *others, '--config', str(path)]
+                    run([*command, '--output', str(folder), '--experiment', experiment], stop)
                 runs.setdefault(model, []).append(folder / experiment)
                 write_table([summarize(model, folders) for model, folders in runs.items()], folder)
                 draw(runs, folder)

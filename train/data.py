@@ -252,6 +252,17 @@ class SeededBatchSampler(Sampler):
             yield SeededBatch((*self.key, self.epoch, number), indices)
 
 
+class SeededRepeats(RepeatAugSampler):
+    """timm's sampler for repeated augmentation, whose order depends on the epoch alone, with an order for each seed."""
+
+    def __init__(self, seed: int, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(self.seed + epoch)
+
+
 class SeededImages(Dataset):
     """Images in whole batches, augmented with random numbers that depend on the batch alone.
 
@@ -386,10 +397,15 @@ def _create_images(args: argparse.Namespace, split: str, is_training: bool, in_c
     return Images(dataset, mode, skip_bad=args.bad_images == 'skip', in_memory=args.in_memory)
 
 
+def _unwrap(dataset: Dataset) -> Dataset:
+    """What a loader reads, without what seeds it and sets its image sizes."""
+    dataset = getattr(dataset, 'images', dataset)
+    return dataset.dataset if isinstance(dataset, ScheduledTransformDataset) else dataset
+
+
 def count_bad_images(loaders: Sequence[Any], device: torch.device, distributed: bool) -> int:
     """Number of images that could not be read so far, by any process; of `hfids/` streams nothing is known."""
-    datasets = [getattr(loader.dataset, 'images', loader.dataset) for loader in loaders]
-    datasets = [d.dataset if isinstance(d, ScheduledTransformDataset) else d for d in datasets]
+    datasets = [_unwrap(loader.dataset) for loader in loaders]
     sources = [getattr(dataset, 'reader', dataset) for dataset in datasets]
     flags = [source.bad for source in sources if isinstance(source, (Images, Shards))]
     if not flags:
@@ -402,6 +418,7 @@ def count_bad_images(loaders: Sequence[Any], device: torch.device, distributed: 
 
 def class_names(dataset: Dataset) -> Optional[List[str]]:
     """Names of the classes in the order of their indices, if the data set tells."""
+    dataset = _unwrap(dataset)
     dataset = getattr(dataset, 'dataset', dataset)
     names = getattr(dataset, 'classes', None)
     if names is None:
@@ -513,7 +530,7 @@ def create_train_loader(
     batches = loader.loader
     if isinstance(dataset, Images):
         if args.aug_repeats:
-            sampler = RepeatAugSampler(dataset, args.world_size, args.rank, num_repeats=args.aug_repeats)
+            sampler = SeededRepeats(args.seed, dataset, args.world_size, args.rank, num_repeats=args.aug_repeats)
         else:
             sampler = DistributedSampler(dataset, args.world_size, args.rank, seed=args.seed)
         if args.train_img_sizes:

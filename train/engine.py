@@ -107,6 +107,7 @@ def train_one_epoch(
         loader.mixup_enabled = False
     task.get_trainable_module().train(not args.linear_probe)  # frozen layers keep their statistics
     optimizer.zero_grad()
+    second_order = getattr(optimizer, 'is_second_order', False)
 
     plain = is_primary(args) and not sys.stderr.isatty()
     sums = torch.zeros(4, device=task.device)  # of an update: losses, correct predictions, images, requests to stop
@@ -127,9 +128,9 @@ def train_one_epoch(
             if loss_scaler is not None:
                 loss_scaler(
                     loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=clip_parameters,
-                    need_update=need_update)
+                    need_update=need_update, create_graph=second_order)
             else:
-                loss.backward()
+                loss.backward(create_graph=second_order)
         if need_update and loss_scaler is None:
             if args.clip_grad is not None:
                 dispatch_clip_grad(clip_parameters, value=args.clip_grad, mode=args.clip_mode)

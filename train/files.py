@@ -2,8 +2,9 @@
 import csv
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterator, List
 
 
 def replace(new: Path, path: Path) -> None:
@@ -18,6 +19,16 @@ def replace(new: Path, path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """A folder to write files into, which are moved to `folder` when all are whole, weights last."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.new-') as name:
+        new = Path(name)
+        yield new
+        for file in sorted(new.iterdir(), key=lambda file: file.suffix == '.safetensors'):
+            replace(file, folder / file.name)
 
 
 def write_epoch(path: Path, epoch: int, rows: List[Dict[str, Any]]) -> None:
@@ -36,10 +47,7 @@ def read_csv(path: Path) -> List[Dict[str, str]]:
 def write_csv(path: Path, rows: List[Dict[str, Any]]) -> None:
     """Write a CSV table whose columns are those of all its rows."""
     columns = dict.fromkeys(column for row in rows for column in row)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.table-') as folder:
-        new = Path(folder, path.name)
-        with new.open('w', newline='') as f:
-            writer = csv.DictWriter(f, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        replace(new, path)
+    with beside(path.parent) as new, (new / path.name).open('w', newline='') as f:
+        writer = csv.DictWriter(f, columns)
+        writer.writeheader()
+        writer.writerows(rows)

@@ -3,7 +3,6 @@ import argparse
 import copy
 import hashlib
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from timm.models import save_for_hf
 
-from .files import read_csv, replace, write_epoch
+from .files import beside, read_csv, write_epoch
 
 
 def has_connections(model: nn.Module) -> bool:
@@ -123,13 +122,10 @@ class Log:
 
 
 def _draw(folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.draw-') as name:
-        new = Path(name)
+    with beside(folder) as new:
         plot_curves(folder / 'summary.csv', new / 'curves.png')
         if (folder / 'connections.csv').exists():
             timm_dresnet.plot_history(read_csv(folder / 'connections.csv'), new / 'connections_history.png')
-        for file in new.iterdir():
-            replace(file, folder / file.name)
 
 
 def save_results(
@@ -152,11 +148,9 @@ def save_results(
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)  # as safetensors wants it
     for key in ('tag', 'label_names'):  # of other weights
         model.pretrained_cfg.pop(key, None)
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.results-') as name:
-        new = Path(name)
-        config = dict(label_names=label_names) if label_names else {}
+    with beside(folder) as new:
+        named = label_names and len(label_names) == model.num_classes
+        config = dict(label_names=label_names) if named else {}
         save_for_hf(model, new, model_config=config, data_config=data_config, safe_serialization=True)
         if has_connections(model):
             timm_dresnet.plot_connections(model, new / 'connections.png')
-        for file in sorted(new.iterdir(), key=lambda file: file.suffix == '.safetensors'):
-            replace(file, folder / file.name)

@@ -119,8 +119,16 @@ def resolve_learning_rate(args: argparse.Namespace) -> float:
 
 
 def set_up_device(args: argparse.Namespace) -> torch.device:
-    """Device of this process, with its libraries set for speed, or for repeatable numbers."""
-    device = init_distributed_device(args)
+    """Device of this process, with its libraries set for speed, or for repeatable numbers.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        device = init_distributed_device(args)
+    except (AssertionError, RuntimeError) as e:
+        raise ValueError(f'--device {args.device}: {str(e).splitlines()[0]}') from e
     if device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = not args.deterministic
@@ -159,7 +167,15 @@ class Trainer:
         self.data_config = resolve_input_data_config(model, vars(args))
         self.train_loader = create_train_loader(args, self.data_config, model.num_classes, device)
         self.eval_loader = create_eval_loader(args, self.data_config, device)
-        check_classes(self.eval_loader.dataset, model.num_classes)
+        for loader in (self.train_loader, self.eval_loader):
+            check_classes(loader.dataset, model.num_classes)
+        self.class_names = class_names(self.eval_loader.dataset)
+        trained_names = class_names(self.train_loader.dataset)
+        if trained_names and self.class_names and trained_names != self.class_names:
+            odd = sorted({*trained_names} ^ {*self.class_names}) or ['the same in another order']
+            raise ValueError(
+                f'training has {len(trained_names)} classes, validation {len(self.class_names)}, and not the same '
+                f'ones: {", ".join(odd[:5])}{", ..." if len(odd) > 5 else ""}.')
         if not len(self.train_loader):
             raise ValueError(f'--batch-size {args.batch_size} is more than there are training images.')
         if args.distributed and args.sync_bn:
@@ -276,7 +292,7 @@ class Trainer:
                     left = (time.time() - start) / (epoch + 1 - first_epoch) * (self.num_epochs - epoch - 1)
                     self._report(epoch, train_metrics, eval_metrics, bad, left)
         if is_primary(args):
-            save_results(self.trained_model, self.folder, self.data_config, class_names(self.eval_loader.dataset))
+            save_results(self.trained_model, self.folder, self.data_config, self.class_names)
         if args.distributed:
             dist.barrier()
 

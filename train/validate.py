@@ -8,7 +8,7 @@ import timm
 import torch
 from timm.data import resolve_input_data_config
 from timm.models import load_checkpoint
-from timm.utils import ParseKwargs, init_distributed_device, is_primary, setup_default_logging
+from timm.utils import ParseKwargs, is_primary, setup_default_logging
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from timm_dresnet.untrusted import load_folder
 
@@ -16,7 +16,7 @@ from .arguments import add_data_arguments, add_device_arguments, create_parser
 from .data import BadImageError, check_classes, create_eval_loader
 from .engine import validate
 from .files import write_csv
-from .trainer import create_autocast, create_model
+from .trainer import create_autocast, create_model, set_up_device
 
 # what a run may begin with, but its checkpoints do not
 _WITHOUT_WEIGHTS = dict(pretrained=False, pretrained_path=None, initial_checkpoint='', linear_probe=False)
@@ -81,12 +81,14 @@ def main(argv: Optional[List[str]] = None) -> None:
                        help='other arguments of the model')
     add_data_arguments(parser)
     add_device_arguments(parser)
-    parser.set_defaults(epoch_repeats=0., seed=0, validation_batch_size=None)
+    parser.set_defaults(deterministic=False, epoch_repeats=0., seed=0, validation_batch_size=None)
     args = parser.parse_args(argv)
-    device = init_distributed_device(args)
+    if args.csv and (not args.csv.parent.is_dir() or args.csv.is_dir()):
+        parser.error(f'--csv {args.csv} cannot be written: no such folder, or a folder itself.')
 
     rows = []
     try:
+        device = set_up_device(args)
         for name in args.models:
             model, data_config = load_model(name, args)
             model.to(device)
@@ -98,18 +100,18 @@ def main(argv: Optional[List[str]] = None) -> None:
                 loader = create_eval_loader(args, config, device)
                 check_classes(loader.dataset, model.num_classes)
                 metrics = validate(model, loader, args, device, create_autocast(args, device))
-                rows.append((name, size, metrics))
+                if is_primary(args):
+                    if not rows:
+                        print(f'On {len(loader.dataset):,} images:\n')
+                        print('| model | size | top-1, % | top-5, % | loss |')
+                        print('| --- | --- | --- | --- | --- |')
+                    accuracies = f'{metrics["top1"]:.2f} | {metrics["top5"]:.2f}'
+                    print(f'| {name} | {size} | {accuracies} | {metrics["loss"]:.4f} |', flush=True)
+                rows.append(dict(model=name, size=size, images=len(loader.dataset), **metrics))
         if args.csv and is_primary(args):
-            write_csv(args.csv, [
-                dict(model=name, size=size, images=len(loader.dataset), **metrics) for name, size, metrics in rows])
+            write_csv(args.csv, rows)
     except (OSError, ValueError, BadImageError) as e:
         sys.exit(f'python -m train.validate: error: {" ".join(str(e).split())}')
-    if is_primary(args):
-        print(f'On {len(loader.dataset):,} images:\n')
-        print('| model | size | top-1, % | top-5, % | loss |')
-        print('| --- | --- | --- | --- | --- |')
-        for name, size, metrics in rows:
-            print(f'| {name} | {size} | {metrics["top1"]:.2f} | {metrics["top5"]:.2f} | {metrics["loss"]:.4f} |')
 
 
 if __name__ == '__main__':
