@@ -262,6 +262,9 @@ def test_loading_process_that_is_killed_while_results_are_measured(digits_folder
     (['--batch-size', '2000'], ['--batch-size', '2000']),
     (['--lr', '1e30'], ['loss', '--lr']),
     (['--epochs', 'many'], ['--epochs', 'many']),
+    (['--epochs', '0'], ['--epochs', "'0'"]),
+    (['--gp', 'sum'], ['dresnet20_cifar', 'sum']),
+    (['--opt-kwargs', 'speed=1'], ['sgd', '--opt-kwargs', 'speed']),
     (['--device', 'abacus'], ['--device abacus']),
     (['--num-classes', '9'], ['10 classes', '9', '--num-classes']),
     (['--initial-checkpoint', '/no/such/file'], ['/no/such/file']),
@@ -283,6 +286,7 @@ def test_errors_are_one_sentence(args, words, tmp_path, capsys):
     ('modle: resnet18', ["'modle'", 'model']),
     ('- a\n- b', ['key: value', 'list']),
     ('a: [', ['YAML']),
+    ('epochs: 0', ['epochs', 'from 1 on', '0']),
 ])
 def test_wrong_recipes(text, words, tmp_path, capsys):
     recipe = tmp_path / 'recipe.yaml'

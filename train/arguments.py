@@ -11,6 +11,14 @@ from timm.utils import ParseKwargs
 _MAX_RECIPE = 2 ** 20  # bytes
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(f'{number} is less than 1')
+    return number
+
+
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """What `python -m train` and `python -m train.validate` both ask about images."""
     group = parser.add_argument_group('data')
@@ -69,7 +77,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--linear-probe', action='store_true', help='freeze all but the classifier')
     group.add_argument('--num-classes', type=int, metavar='N', help='number of classes (the model default if not set)')
     group.add_argument('--in-chans', type=int, metavar='N', help='number of image channels (3 if not set)')
-    group.add_argument('--img-size', type=int, metavar='N', help='image size (the model default if not set)')
+    group.add_argument('--img-size', type=positive, metavar='N', help='image size (the model default if not set)')
     group.add_argument('--input-size', type=int, nargs=3, metavar='N', help='channels, height and width of images')
     group.add_argument('--gp', metavar='NAME', help='global pooling: avg, max, avgmax or catavgmax')
     group.add_argument('--mean', type=float, nargs='+', metavar='X', help='mean pixel value (model default if not set)')
@@ -86,10 +94,10 @@ def create_parser() -> argparse.ArgumentParser:
                        help='other arguments of the model, such as gate=gauss')
 
     group = parser.add_argument_group('optimizer')
-    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N',
+    group.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N',
                        help='images in a batch of one process')
-    group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N', help='the same for validation')
-    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='batches in an update')
+    group.add_argument('-vb', '--validation-batch-size', type=positive, metavar='N', help='the same for validation')
+    group.add_argument('--grad-accum-steps', type=positive, default=1, metavar='N', help='batches in an update')
     group.add_argument('--opt', default='sgd', metavar='NAME', help='optimizer, any of timm.optim.list_optimizers()')
     group.add_argument('--opt-eps', type=float, metavar='X', help='epsilon (optimizer default if not set)')
     group.add_argument('--opt-betas', type=float, nargs='+', metavar='X', help='betas (optimizer default if not set)')
@@ -112,7 +120,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd',
                        'rsqrt', 'constant'), help='schedule of the learning rate')
     group.add_argument('--sched-on-updates', action='store_true', help='step the schedule every update')
-    group.add_argument('--epochs', type=int, default=300, metavar='N', help='number of epochs')
+    group.add_argument('--epochs', type=positive, default=300, metavar='N', help='number of epochs')
     group.add_argument('--warmup-epochs', type=int, default=5, metavar='N', help='epochs of warm-up')
     group.add_argument('--warmup-lr', type=float, default=1e-5, metavar='X', help='learning rate to warm up from')
     group.add_argument('--warmup-prefix', action='store_true', help='warm-up comes on top of --epochs')
@@ -199,12 +207,12 @@ def create_parser() -> argparse.ArgumentParser:
                        help='name of the folder of this run (made from model and image size if empty)')
     group.add_argument('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'),
                        help='what the best checkpoints are chosen by')
-    group.add_argument('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
+    group.add_argument('--checkpoint-hist', type=positive, default=10, metavar='N', help='checkpoints to keep')
     group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
                        help='updates between checkpoints inside an epoch, none at 0')
-    group.add_argument('--log-interval', type=int, default=50, metavar='N',
+    group.add_argument('--log-interval', type=positive, default=50, metavar='N',
                        help='updates between lines where there is no terminal')
-    group.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs between validations')
+    group.add_argument('--val-interval', type=positive, default=1, metavar='N', help='epochs between validations')
     group.add_argument('--log-tensorboard', action='store_true', help='log to TensorBoard, into the folder of the run')
     group.add_argument('--log-wandb', action='store_true', help='log to Weights & Biases')
     group.add_argument('--wandb-project', metavar='NAME', help='its project')
@@ -228,7 +236,7 @@ def _wanted(action: argparse.Action, value: Any) -> Optional[str]:
             for key, v in value.items())
         return None if flat else 'arguments, one "key: value" a line'
     wanted = f'one of {", ".join(action.choices)}' if action.choices else {
-        int: 'a whole number', float: 'a number', None: 'text'}[action.type]
+        int: 'a whole number', positive: 'a whole number from 1 on', float: 'a number', None: 'text'}[action.type]
     if action.nargs in (None, '?'):
         return None if _fits(action, value) else wanted
     number = action.nargs if isinstance(action.nargs, int) else None

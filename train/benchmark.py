@@ -31,6 +31,7 @@ from tqdm import tqdm
 from timm_dresnet.resnet import fold_norms
 
 from .arguments import parse_args
+from .arguments import positive
 from .files import beside
 from .trainer import create_model
 
@@ -335,13 +336,6 @@ def write(text: str, path: Path) -> None:
 
 def main(argv: Optional[List[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-
-    def positive(text: str) -> int:
-        number = int(text)
-        if number < 1:
-            raise ValueError
-        return number
-
     parser = argparse.ArgumentParser(
         prog='python -m train.benchmark',
         description='Time and memory of models as ratios to a baseline. Without --models: dresnet18 of resnet18, '

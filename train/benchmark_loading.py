@@ -10,31 +10,29 @@ from typing import Callable, Iterator, List, Optional, Tuple
 
 import torch
 from timm.data import resolve_input_data_config
-from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import setup_default_logging
 
 from .arguments import parse_args
 from .data import BadImageError, create_train_loader
-from .trainer import create_autocast, create_model, create_task, resolve_learning_rate, set_up_device
+from .trainer import create_autocast, create_model, create_optimizer, create_task, set_up_device
 
 _ROUNDS, _BATCHES = 5, 30
 
 
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
-    device = set_up_device(args)
     try:
+        device = set_up_device(args)
         model = create_model(args).to(device)
         loader = create_train_loader(args, resolve_input_data_config(model, vars(args)), model.num_classes, device)
         if not len(loader):
             raise ValueError(f'--batch-size {args.batch_size} is more than there are training images.')
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        task = create_task(args, model, device).train()
+        optimizer = create_optimizer(args, model)
     except (OSError, ValueError, BadImageError) as e:
         sys.exit(f'python -m train.benchmark_loading: error: {e}')
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    task = create_task(args, model, device).train()
-    args.lr = resolve_learning_rate(args)
-    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
     autocast = create_autocast(args, device)
 
     def images_per_second(next_batch: Callable[[], Tuple[torch.Tensor, torch.Tensor]], count: int) -> float:

@@ -57,6 +57,8 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
         )
     except TypeError as e:
         raise ValueError(f'{args.model} does not take all of --model-kwargs {args.model_kwargs}: {e}') from e
+    except AssertionError as e:  # of timm's layers
+        raise ValueError(f'{args.model} cannot be made with these arguments: {e}') from e
     except (OSError, RuntimeError) as e:
         source = args.initial_checkpoint or args.pretrained_path or (args.pretrained and '--pretrained')
         if not source:
@@ -116,6 +118,19 @@ def resolve_learning_rate(args: argparse.Namespace) -> float:
     ratio = args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
     scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
     return args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
+
+
+def create_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of `--opt`, with the learning rate set.
+
+    Raises:
+        ValueError: If there is none of this name, or it does not take the arguments.
+    """
+    args.lr = resolve_learning_rate(args)
+    try:
+        return create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+    except TypeError as e:
+        raise ValueError(f'{args.opt} does not take all of --opt-kwargs {args.opt_kwargs}: {e}') from e
 
 
 def set_up_device(args: argparse.Namespace) -> torch.device:
@@ -186,8 +201,7 @@ class Trainer:
             model.set_grad_checkpointing()
 
         self.task = create_task(args, model, device)
-        args.lr = resolve_learning_rate(args)
-        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+        self.optimizer = create_optimizer(args, model)
         self.updates_per_epoch = updates_per_epoch(self.train_loader, args)
         self.lr_scheduler, self.num_epochs = create_scheduler_v2(
             self.optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch)
