@@ -138,7 +138,6 @@ class Run:
             return name[len('hf-hub:'):].split('@')[0]
         return timm.get_pretrained_cfg(name).hf_hub_id if timm.is_model(name) else None
 
-
     @property
     def start(self) -> Optional[str]:
         """The weights that the training began with: a repository on the Hub, a file, or a model of the package."""

@@ -30,8 +30,7 @@ from tqdm import tqdm
 
 from timm_dresnet.resnet import fold_norms
 
-from .arguments import parse_args
-from .arguments import positive
+from .arguments import parse_args, positive
 from .files import beside
 from .trainer import create_model
 

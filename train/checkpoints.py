@@ -46,7 +46,7 @@ def open_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
     def binding(arguments: Dict[str, Any]) -> Dict[str, Any]:
         bound = {key: value for key, value in arguments.items() if key not in _FREE}
         if bound.get('data_dir'):  # which may have another path on another machine, or in another job
-            bound['data_dir'] = Path(bound['data_dir']).name
+            bound['data_dir'] = Path(str(bound['data_dir'])).name
         return bound
 
     text = yaml.safe_dump(recipe)

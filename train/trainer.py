@@ -141,9 +141,11 @@ def set_up_device(args: argparse.Namespace) -> torch.device:
     """
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
-        device = init_distributed_device(args)
-    except (AssertionError, RuntimeError) as e:
+        if torch.device(args.device).type == 'cuda' and not torch.cuda.is_available():
+            raise ValueError(f'--device {args.device}: CUDA is not available.')
+    except RuntimeError as e:
         raise ValueError(f'--device {args.device}: {str(e).splitlines()[0]}') from e
+    device = init_distributed_device(args)
     if device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = not args.deterministic
