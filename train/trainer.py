@@ -16,7 +16,8 @@ from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import NativeScaler, distribute_bn, init_distributed_device, is_primary, random_seed, unwrap_model
+from timm.utils import (
+    NativeScaler, distribute_bn, init_distributed_device, is_distributed_env, is_primary, random_seed, unwrap_model)
 from torch.nn.parallel import DistributedDataParallel
 
 from . import sync_batch_norm
@@ -141,11 +142,11 @@ def set_up_device(args: argparse.Namespace) -> torch.device:
     """
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
-        if torch.device(args.device).type == 'cuda' and not torch.cuda.is_available():
-            raise ValueError(f'--device {args.device}: CUDA is not available.')
-    except RuntimeError as e:
+        device = init_distributed_device(args)
+    except (AssertionError, RuntimeError) as e:
+        if is_distributed_env():  # it may be that processes do not find each other
+            raise
         raise ValueError(f'--device {args.device}: {str(e).splitlines()[0]}') from e
-    device = init_distributed_device(args)
     if device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = not args.deterministic
