@@ -264,6 +264,8 @@ def test_loading_process_that_is_killed_while_results_are_measured(digits_folder
     (['--epochs', 'many'], ['--epochs', 'many']),
     (['--epochs', '0'], ['--epochs', "'0'"]),
     (['--gp', 'sum'], ['dresnet20_cifar', 'sum']),
+    (['--aa', 'rnad-m7'], ['--aa rnad-m7', 'Unknown']),
+    (['--train-interpolation', 'cubic'], ['--train-interpolation', 'bicubic']),
     (['--opt-kwargs', 'speed=1'], ['sgd', '--opt-kwargs', 'speed']),
     (['--device', 'abacus'], ['--device abacus']),
     (['--num-classes', '9'], ['10 classes', '9', '--num-classes']),

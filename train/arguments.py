@@ -9,6 +9,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 _MAX_RECIPE = 2 ** 20  # bytes
+_INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 
 
 def positive(text: str) -> int:
@@ -83,7 +84,8 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--mean', type=float, nargs='+', metavar='X', help='mean pixel value (model default if not set)')
     group.add_argument('--std', type=float, nargs='+', metavar='X', help='its standard deviation')
     group.add_argument('--crop-pct', type=float, metavar='X', help='center crop, for validation only')
-    group.add_argument('--interpolation', default='', metavar='NAME', help='resize interpolation for validation')
+    group.add_argument('--interpolation', default='', choices=_INTERPOLATIONS, metavar='NAME',
+                       help='resize interpolation for validation (model default if not set)')
     group.add_argument('--drop', type=float, default=0., metavar='X', help='dropout before the classifier')
     group.add_argument('--drop-path', type=float, metavar='X', help='stochastic depth')
     group.add_argument('--drop-block', type=float, metavar='X', help='DropBlock')
@@ -142,7 +144,7 @@ def create_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('augmentation and regularization')
     group.add_argument('--no-aug', action='store_true', help='no augmentation at all')
-    group.add_argument('--train-crop-mode', metavar='NAME', help='rrc, rkrc or rkrr (rrc if not set)')
+    group.add_argument('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'), help='how to crop (rrc if not set)')
     group.add_argument('--scale', type=float, nargs=2, default=[0.08, 1.0], metavar='X', help='area of random crops')
     group.add_argument('--ratio', type=float, nargs=2, default=[3. / 4., 4. / 3.], metavar='X', help='and their aspect')
     group.add_argument('--hflip', type=float, default=0.5, metavar='X', help='chance of a horizontal flip')
@@ -155,9 +157,10 @@ def create_parser() -> argparse.ArgumentParser:
                        help='policy: rand-m7-mstd0.5 (RandAugment), original or v0 (AutoAugment), 3a (3-Augment), ...')
     group.add_argument('--aug-repeats', type=float, default=0., metavar='N', help='repeated augmentation of an image')
     group.add_argument('--reprob', type=float, default=0., metavar='X', help='chance of random erasing')
-    group.add_argument('--remode', default='pixel', metavar='NAME', help='mode of random erasing')
+    group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='mode of random erasing')
     group.add_argument('--recount', type=int, default=1, metavar='N', help='number of erased regions')
-    group.add_argument('--train-interpolation', default='random', metavar='NAME', help='resize interpolation')
+    group.add_argument('--train-interpolation', default='random', choices=(*_INTERPOLATIONS, 'random'), metavar='NAME',
+                       help='resize interpolation')
     group.add_argument('--mixup', type=float, default=0., metavar='X', help='Mixup alpha, off at 0')
     group.add_argument('--cutmix', type=float, default=0., metavar='X', help='CutMix alpha, off at 0')
     group.add_argument('--cutmix-minmax', type=float, nargs=2, metavar='X', help='bounds of the cut, instead of alpha')

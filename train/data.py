@@ -501,32 +501,35 @@ def create_train_loader(
     dataset = _create_images(args, args.train_split, True, data_config['input_size'][0])
     if args.train_img_sizes and not isinstance(dataset, Images):
         raise ValueError(f'--train-img-sizes needs images that are numbered, {args.dataset} is a stream.')
-    loader = create_loader(
-        dataset,
-        batch_size=args.batch_size,
-        is_training=True,
-        no_aug=args.no_aug,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        train_crop_mode=args.train_crop_mode,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        color_jitter_prob=args.color_jitter_prob,
-        grayscale_prob=args.grayscale_prob,
-        gaussian_blur_prob=args.gaussian_blur_prob,
-        auto_augment=args.aa,
-        interpolation=args.train_interpolation if args.train_interpolation and not args.no_aug
-        else data_config['interpolation'],
-        collate_fn=collate_fn,
-        # fresh processes every epoch where theirs have a state: the random numbers of a stream, whether Mixup is off
-        persistent_workers=False,
-        input_size_choices=args.train_img_sizes,
-        **_common(args, data_config, device),
-    )
+    try:
+        loader = create_loader(
+            dataset,
+            batch_size=args.batch_size,
+            is_training=True,
+            no_aug=args.no_aug,
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+            train_crop_mode=args.train_crop_mode,
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            vflip=args.vflip,
+            color_jitter=args.color_jitter,
+            color_jitter_prob=args.color_jitter_prob,
+            grayscale_prob=args.grayscale_prob,
+            gaussian_blur_prob=args.gaussian_blur_prob,
+            auto_augment=args.aa,
+            interpolation=args.train_interpolation if args.train_interpolation and not args.no_aug
+            else data_config['interpolation'],
+            collate_fn=collate_fn,
+            # fresh processes every epoch where theirs have a state: the random numbers of a stream, whether Mixup is off
+            persistent_workers=False,
+            input_size_choices=args.train_img_sizes,
+            **_common(args, data_config, device),
+        )
+    except AssertionError as e:  # timm's, of a policy that it does not know
+        raise ValueError(f'--aa {args.aa}: {e}') from e
     batches = loader.loader
     if isinstance(dataset, Images):
         if args.aug_repeats:
