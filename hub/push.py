@@ -43,6 +43,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         parser.error('--create-pr opens its pull request against main: leave --revision out.')
 
     if args.endpoint:
+        if not args.endpoint.startswith(('http://', 'https://')):
+            parser.error(f'--endpoint {args.endpoint} must start with https:// or http://.')
         os.environ['HF_ENDPOINT'] = args.endpoint  # read when huggingface_hub is imported, so not before
     try:
         if args.token_file:
@@ -64,8 +66,8 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 def _read_token(path: Path) -> str:
     token = path.read_text().strip()
-    if not token or len(token.split()) != 1:
-        raise ValueError(f'{path} does not hold a token: it must be the only word in it.')
+    if not token.isascii() or len(token.split()) != 1:
+        raise ValueError(f'{path} does not hold a token: it must be the only word in it, in ASCII.')
     return token
 
 

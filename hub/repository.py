@@ -95,9 +95,16 @@ def build(job: Job, folder: Path) -> nn.Module:
         model = load_folder(folder)
     except ValueError as e:
         raise ValueError(str(e).replace(str(folder), str(job.folder))) from e
+    if model.num_classes == 0:
+        raise ValueError(f'the model in {job.folder} has no classifier (num_classes=0): push it with one.')
     if not torch.isfinite(_logits(model)).all():
         raise ValueError(f'the model in {job.folder} puts out numbers that are not finite.')
-    if not (folder / 'README.md').exists():  # one that its author has written is better
+    if (folder / 'README.md').exists():  # one that its author has written is better
+        if job.license or job.dataset_id:
+            raise ValueError(
+                f'{job.folder / "README.md"} is the card already: write license and data into it, in place of '
+                '--license and --dataset-id.')
+    else:
         license = job.license or model.pretrained_cfg.get('license') or 'apache-2.0'
         files = sorted(file.name for file in folder.iterdir())
         try:

@@ -179,6 +179,8 @@ def test_card_of_the_author(alice, push, folders, tmp_path):
     (folder / 'README.md').write_text('---\nlibrary_name: timm\n---\n# Mine\n')
     assert not push(folder=folder)[1]
     assert alice.files('alice/model')['README.md'].decode() == (folder / 'README.md').read_text()
+    error, failed = push('--license', 'mit', folder=folder)
+    assert failed and '--license' in error
     (folder / 'README.md').write_text('---\nlicense: [a, b]\n---\n# Mine\n')  # which the Hub refuses
     error, failed = push(folder=folder)
     assert failed and 'Invalid metadata in README.md' in error
@@ -240,8 +242,9 @@ def test_token_file(hub, push, tmp_path, monkeypatch):
     file = tmp_path / 'token'
     file.write_text('hf_writer\n')
     assert not push('--token-file', str(file))[1]
-    file.write_text('# hf_writer')
-    assert 'does not hold a token' in push('--token-file', str(file))[0]
+    for text in ('# hf_writer', 'hf_wr\u0456ter', ''):
+        file.write_text(text)
+        assert 'does not hold a token' in push('--token-file', str(file))[0]
     assert 'No such file' in push('--token-file', str(tmp_path / 'none'))[0]
 
 
@@ -348,6 +351,8 @@ def test_folder_may_change_meanwhile(alice, folders, tmp_path):
     (lambda folder: (folder / 'summary.csv').write_text('epoch,eval_top1\n0,50\n'), 'the record of the run in'),
     (lambda folder: (folder / 'validation.csv').write_text('model\nx\n'), 'the record of the run in'),
     (lambda folder: save_for_hf(not_finite(), folder, safe_serialization=True), 'not finite'),
+    (lambda folder: save_for_hf(timm.create_model('test_dresnet', num_classes=0), folder, safe_serialization=True),
+     'no classifier'),
 ])
 def test_damaged_folders(alice, push, folders, tmp_path, damage, message):
     folder = shutil.copytree(folders['dresnet'][0], tmp_path / 'run')
@@ -365,6 +370,7 @@ def not_finite():
 @pytest.mark.parametrize('args', [
     ['x'], ['--repo-id', 'alice/x'], ['x', '--repo-id', 'alice/x', '--zoo', 'y'], ['--zoo', 'y'],
     ['x', '--repo-id', 'alice/x', '--create-pr', '--revision', 'y'],
+    ['x', '--repo-id', 'alice/x', '--endpoint', 'hub.example.org'],
 ])
 def test_usage(args, capsys):
     with pytest.raises(SystemExit, match='2'):
