@@ -119,11 +119,14 @@ class Run:
             del given['val_split']
         return ' '.join(f'--{key.replace("_", "-")} {shlex.quote(str(value))}' for key, value in given.items())
 
-    @property
-    def metrics(self) -> Optional[Dict[str, float]]:
-        """Accuracy and loss of the model as published: as measured since, or else after the last epoch."""
-        if self.validation:
-            return {key: float(self.validation[-1][key]) for key in ('top1', 'top5', 'loss')}
+    def metrics(self, size: int) -> Optional[Dict[str, float]]:
+        """Accuracy and loss of the model as published: as measured since, or else after the last epoch.
+
+        Args:
+            size: Of the images, which may have been measured at several.
+        """
+        if rows := [row for row in self.validation if int(row['size']) == size]:
+            return {key: float(rows[-1][key]) for key in ('top1', 'top5', 'loss', 'images')}
         if self.epochs and self.epochs[-1].get('eval_top1'):
             return {key: float(self.epochs[-1][f'eval_{key}']) for key in ('top1', 'top5', 'loss')}
         return None
@@ -214,7 +217,7 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
     channels, height, width = timm.data.resolve_model_data_config(model)['input_size']
     title = name.split('/')[-1]
     family = _family(model)
-    metrics = run.metrics
+    metrics = run.metrics(height)
     eval_results = None
     if metrics:
         common = dict(
@@ -264,7 +267,7 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
         data_arguments=run.data_arguments,
         results=metrics and dict(
             split=run.args.get('val_split', 'validation'),
-            size='x'.join(2 * [run.validation[-1]['size']]) if run.validation else f'{height}x{width}',
+            size=f'{height}x{width}',
             top1=f'{metrics["top1"]:.2f}', top5=f'{metrics["top5"]:.2f}', loss=f'{metrics["loss"]:.4f}',
         ),
         training=_describe_training(run, height) if run.args else '',
@@ -283,12 +286,14 @@ def family_card() -> ModelCard:
         if 'note' in facts:
             notes.setdefault(facts['note'], []).append(f'`{tag}`')
         run, model = Run.read(ZOO / tag, **facts), timm.create_model(tag)
+        size = model.pretrained_cfg['input_size'][-1]
+        metrics = run.metrics(size)
         rows.append(dict(
             tag=tag,
-            training=_describe_training(run, model.pretrained_cfg['input_size'][-1]),
+            training=_describe_training(run, size),
             parameters=f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M',
-            top1=f'{run.metrics["top1"]:.2f}',
-            top5=f'{run.metrics["top5"]:.2f}',
+            top1=f'{metrics["top1"]:.2f}',
+            top5=f'{metrics["top5"]:.2f}',
             command=f'python -m train.validate {tag} {run.data_arguments}',
         ))
     card_data = ModelCardData(
@@ -314,8 +319,9 @@ def results_table() -> str:
     lines = ['model,top1,top5,size,images,dataset']
     for tag in yaml.safe_load(ZOO.with_suffix('.yaml').read_text()):
         run = Run.read(ZOO / tag)
-        row = run.validation[-1]
-        lines.append(','.join([tag, row['top1'], row['top5'], row['size'], row['images'], run.dataset]))
+        size = timm.get_pretrained_cfg(tag).input_size[-1]
+        metrics = run.metrics(size)
+        lines.append(f'{tag},{metrics["top1"]},{metrics["top5"]},{size},{metrics["images"]:.0f},{run.dataset}')
     return '\n'.join(lines) + '\n'
 
 

@@ -2,7 +2,6 @@
 import argparse
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -12,6 +11,7 @@ from typing import List, Optional
 import torch
 import yaml
 from safetensors.torch import save
+from timm_dresnet.files import beside
 from timm_dresnet.untrusted import load_folder
 
 from .cards import PICTURES, TABLES, ZOO, Run
@@ -47,13 +47,9 @@ def package(folder: Path, tag: str) -> None:
     entries = json.loads(manifest.read_text()) if manifest.exists() else {}
     entries[f'{tag}.safetensors'] = {'size': len(data), 'sha256': hashlib.sha256(data).hexdigest()}
     WEIGHTS.mkdir(exist_ok=True)
-    for path, content in (
-            (WEIGHTS / f'{tag}.safetensors', data),
-            (manifest, (json.dumps(entries, indent=2, sort_keys=True) + '\n').encode()),
-    ):
-        new = path.with_name(f'.{path.name}')
-        new.write_bytes(content)
-        os.replace(new, path)
+    with beside(WEIGHTS) as new:
+        (new / f'{tag}.safetensors').write_bytes(data)
+        (new / manifest.name).write_text(json.dumps(entries, indent=2, sort_keys=True) + '\n')
 
     record = ZOO / tag
     record.mkdir(parents=True, exist_ok=True)

@@ -139,6 +139,7 @@ def test_validate_weights_alone(digits_folder, tmp_path, capsys):
                    'inference_mode=True', *arguments])
     assert capsys.readouterr().out.splitlines()[-1].split('|')[3:5] == of_folder.split('|')[3:5]
     for args, word in (([weights], '--arch'), (['no_such_model'], 'no_such_model'),
+                       (['plainnet18'], 'no folder, file or pretrained model plainnet18'),
                        ([weights, '--arch', 'resnet20_cifar'], weights),
                        ([str(digits_folder), '--val-split', 'test'], 'validation')):
         with pytest.raises(SystemExit) as error:

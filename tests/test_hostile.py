@@ -391,13 +391,15 @@ def parse(path, capsys):
 @pytest.mark.parametrize('text,words', [
     ('a: &a [x, x]\nb: &b [*a, *a]\n' + ''.join(
         f'{chr(99 + i)}: &{chr(99 + i)} [*{chr(98 + i)}, *{chr(98 + i)}]\n' for i in range(20)), "'a'"),
-    ('model_kwargs: &a {x: 1}\nopt_kwargs: {y: {z: *a}}', 'opt_kwargs'),
+    ('opt_kwargs:\n  a: &a [x, x]\n' + ''.join(
+        f'  {chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n' for i in range(20)), 'opt_kwargs'),
+    ('model_kwargs: &a {x: *a}', 'model_kwargs'), ('model_kwargs: {x: 2020-01-01}', 'model_kwargs'),
     ('- &a [*a]', 'list'), ('!!python/object/apply:os.mkdir [trap]', 'not a YAML recipe'), ('epochs: [1, 2]', 'epochs'),
     ('epochs: true', 'epochs'), ('epochs: .inf', 'epochs'), ('epochs: 1.5', 'epochs'), ('model: 3', 'model'),
     ('scale: 0.5', 'scale'), ('scale: [0.1, 0.2, 0.3]', 'scale'), ('amp: 1', 'amp'), ('sched: [cosine]', 'sched'),
     ('sched: sinus', 'sched'), ('? [a, b]\n: 1', 'not a YAML recipe'), ('[' * 3000, 'not a YAML recipe'),
     ('\0', 'not a YAML recipe'), ('x' * 2 ** 21, 'bytes'), ('lr: ' + '9' * 5000, ''), ('momentum: yes', 'momentum'),
-], ids=range(20))
+], ids=range(22))
 def test_recipes(text, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'recipe.yaml').write_text(text)

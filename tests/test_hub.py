@@ -19,6 +19,7 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from timm.utils import reparameterize_model
+from timm_dresnet.untrusted import load_folder
 
 from conftest import ROOT
 from hub import cards, package, repository
@@ -172,6 +173,18 @@ def test_card_says_what_the_run_has_left(alice, push, digits_folder, capsys):
     assert 'python -m train --config args.yaml --dataset digits\n' in card.text
     assert '![Loss and accuracy over the epochs](curves.png)' in card.text
     run_snippets(card.text, capsys)
+
+
+def test_card_of_a_model_measured_at_several_sizes(digits_folder, tmp_path):
+    folder = shutil.copytree(digits_folder, tmp_path / 'run')
+    size = load_folder(folder).pretrained_cfg['input_size'][-1]
+    (folder / 'validation.csv').write_text(
+        f'model,size,images,top1,top5,loss\nx,{size},360,71.5,99.5,0.5\nx,{2 * size},360,40.5,80.5,2.5\n')
+    (tmp_path / 'new').mkdir()
+    repository.build(repository.Job(folder, 'alice/model'), tmp_path / 'new')
+    card = ModelCard.load(tmp_path / 'new/README.md')
+    assert f'at {size}x{size}:' in card.text and '| 71.50 | 99.50 | 0.5000 |' in card.text and '40.50' not in card.text
+    assert card.data.eval_results[0].metric_value == 71.5
 
 
 def test_card_of_the_author(alice, push, folders, tmp_path):

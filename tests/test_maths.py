@@ -166,11 +166,12 @@ def test_adaresnet(arch, layout, kwargs, training):
     assert_same_gradients(model, reference, output, naive.adaresnet(reference, x))
 
 
+@pytest.mark.parametrize('amp', [False, True], ids=['float32', 'amp'])
 @pytest.mark.parametrize('arch,base,limit', [
     ('dresnet18', 'resnet18', 1.2), ('dresnet34', 'resnet34', 1.25), ('dresnet50', 'resnet50', 1.4),
     ('dresnet56_cifar', 'resnet56_cifar', 1.35), ('adaresnet50', 'resnet50', 1.1),
 ])
-def test_memory_kept_for_the_backward_pass(arch, base, limit):
+def test_memory_kept_for_the_backward_pass(arch, base, limit, amp):
     """For each image, as much as for the blocks: nothing for pairs of them, of which 56 layers have 325."""
     def kept(name, batch):
         model = timm.create_model(name).to(memory_format=torch.channels_last)
@@ -181,7 +182,7 @@ def test_memory_kept_for_the_backward_pass(arch, base, limit):
             tensors.append(tensor)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast('cpu', torch.bfloat16, amp):
             model(torch.randn(batch, 3, 64, 64).to(memory_format=torch.channels_last))
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(size for pointer, size in storages.items() if pointer not in own)

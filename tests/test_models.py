@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, reparameterize_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import timm_dresnet
@@ -173,7 +173,7 @@ def test_dtype_and_autocast(name):
     for layout in (torch.contiguous_format, torch.channels_last):
         with torch.autocast('cpu', torch.bfloat16):
             output = model.to(memory_format=layout)(images().to(memory_format=layout))
-        assert output.dtype == torch.bfloat16 and dtypes <= {torch.float32}
+        assert output.dtype == torch.bfloat16 and dtypes == ({torch.float32} if gates else set())
         model.zero_grad()
         output.float().square().mean().backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -207,9 +207,11 @@ def test_gradients_of_each_image(name, layout):
         return torch.func.functional_call(model, parameters, image[None]).square().sum()
 
     gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    alone = torch.func.grad(loss)(parameters, x[1])
     expected = torch.autograd.grad(model(x[1:]).square().sum(), list(parameters.values()))
     for name, gradient in zip(parameters, expected):
-        torch.testing.assert_close(gradients[name][1], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+        for found in (gradients[name][1], alone[name]):
+            torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, 'fp32_precision'), reason='torch has the older way only')
@@ -326,7 +328,7 @@ def test_arguments_of_resnet(name, kwargs):
     ('dresnet18', dict(gate_init=-0.2), ['gate_init', '-0.2']),
     ('dresnet18', dict(gate_init='x'), ['gate_init', 'x']),
     ('dresnet18_gauss', dict(gate_init=1.), ['gate_init', 'slope']),
-    ('dresnet18', dict(connection_rank=0), ['connection_rank', '0']),
+    ('dresnet18', dict(connection_rank=-1), ['connection_rank', '-1']),
     ('dresnet18', dict(connection_rank=2.5), ['connection_rank', '2.5']),
     ('dresnet18', dict(connection_rank=True), ['connection_rank', 'True']),
     ('dresnet18', dict(stem_type='cifra'), ['stem_type', 'cifar', 'cifra']),
@@ -422,6 +424,14 @@ def test_weights_made_again(kwargs):
     assert {name: (p == 0).all() for name, p in model.named_parameters() if '.bn' in name} == before
 
 
+def test_connections_at_full_width():
+    """Also where the default is a number: `timm.create_model` drops arguments that are None."""
+    full = timm.create_model('dresnet56_cifar', connection_rank=0, device='meta').state_dict()
+    expected = timm_dresnet.dresnet56_cifar(connection_rank=None, device='meta').state_dict()
+    assert {k: v.shape for k, v in full.items()} == {k: v.shape for k, v in expected.items()}
+    assert not any('expansions' in name for name in full)
+
+
 def test_same_seed_same_trunk():
     """A seed gives a DResNet the very trunk it gives a ResNet, which makes comparisons paired."""
     trunk = create('resnet18', num_classes=10).state_dict()
@@ -429,11 +439,14 @@ def test_same_seed_same_trunk():
     assert all(torch.equal(value, state[name]) for name, value in trunk.items())
 
 
-@pytest.mark.parametrize('name', ['dresnet20_cifar', 'test_dresnet'])
+@pytest.mark.parametrize('name', ['dresnet20_cifar', 'test_dresnet', 'test_adaresnet', 'plainnet20_cifar'])
 def test_sync_batch_norm(name):
-    """Conversion keeps the gates: on one CPU the converted network runs in eval mode and must agree."""
+    """Conversion keeps the gates: on one CPU the converted network runs in eval mode and must agree, fused as well."""
     model = create(name).eval()
     expected = model(images())
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).eval()
-    assert any(isinstance(m, nn.SyncBatchNorm) for m in converted.connections.modules())
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in getattr(converted, 'connections', converted).modules())
     assert_close(converted(images()), expected)
+    fused = reparameterize_model(converted)
+    assert fused.state_dict().keys() == reparameterize_model(model).state_dict().keys()
+    assert_close(fused(images()), expected)

@@ -185,7 +185,11 @@ def test_names_of_other_weights_are_not_kept(digits_folder, tmp_path):
     (tmp_path / 'summary.csv').write_bytes((digits_folder / 'summary.csv').read_bytes())
     model = timm.create_model('test_adaresnet', pretrained=True)
     assert model.pretrained_cfg['tag'] == 'c10' and 'airplane' in model.pretrained_cfg['label_names']
+    model.pretrained_cfg['label_descriptions'] = {'airplane': 'it flies'}
+    (tmp_path / '.my-notes').mkdir()
+    (tmp_path / '.new-1').mkdir()  # of a run that was killed
     save_results(model, tmp_path, data_config={})
+    assert (tmp_path / '.my-notes').exists() and not (tmp_path / '.new-1').exists()
     text = (tmp_path / 'config.json').read_text()
     assert 'c10' not in text and 'airplane' not in text
     assert model.pretrained_cfg['tag'] == 'c10'
@@ -311,6 +315,17 @@ def test_numbers_of_recipes(tmp_path):
     args = parse_args(['--config', str(recipe)])
     assert (args.scale, args.epochs, args.lr) == ([0.08, 1.], 10, 0.001)
     assert type(args.epochs) is int
+
+
+def test_nested_arguments_of_recipes(tmp_path):
+    """A run that was started with them on the command line can be run again."""
+    given = parse_args(['--model-kwargs', 'pruned_connections=[(3, 1)]', "block_args={'attn_layer': 'se'}"]).model_kwargs
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text(yaml.safe_dump(dict(model_kwargs=given)))
+    again = parse_args(['--config', str(recipe)]).model_kwargs
+    models = [timm.create_model('test_dresnet', **kwargs) for kwargs in (given, again)]
+    assert models[0].connection_pairs() == models[1].connection_pairs()
+    assert models[0].state_dict().keys() == models[1].state_dict().keys()
 
 
 def test_measured_as_trained(tmp_path, capsys):

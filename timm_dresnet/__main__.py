@@ -27,6 +27,7 @@ from timm.utils import reparameterize_model
 
 import timm_dresnet
 from timm_dresnet.classifier import Classifier
+from timm_dresnet.files import beside, replace
 from timm_dresnet.untrusted import load_folder
 
 _ENDINGS = {'.avif', '.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
@@ -287,10 +288,8 @@ def _write_picture(path: str, draw, args: argparse.Namespace) -> None:
         raise Failed(f'{path} must end in one of .{", .".join(sorted(endings))}.')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix='.picture-') as folder:
-            new = Path(folder, path.name)
-            draw(new)
-            os.replace(new, path)
+        with beside(path.parent) as new:
+            draw(new / path.name)
     except OSError as e:
         raise Failed(f'{path} cannot be written: {e.strerror}.') from e
     _say(f'Wrote {path}', args)
@@ -307,7 +306,7 @@ def _write_folder(write, args: argparse.Namespace) -> None:
     try:
         write(new)
         new.chmod(0o777 & ~_umask())
-        os.replace(new, path)
+        replace(new, path)
     except BaseException:
         shutil.rmtree(new)
         raise

@@ -71,8 +71,9 @@ class SkipWeight(nn.Module):
         if not keep_vars:
             # the first entry of a shared one is the parameter, so that changes in place reach it once; the others have
             # storage of their own, as safetensors asks for
-            *others, alpha = (value for key, value in destination.items() if key.endswith('.alpha'))
-            if any(other.data_ptr() == alpha.data_ptr() for other in others):
+            alpha = destination[prefix + 'alpha']
+            others = (value for key, value in destination.items() if key.endswith('.skip_weight.alpha'))
+            if any(other is not alpha and other.data_ptr() == alpha.data_ptr() for other in others):
                 destination[prefix + 'alpha'] = alpha.clone()
 
     def forward(self, branch: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
@@ -251,10 +252,10 @@ default_cfgs = generate_default_cfgs({
     **grown_cfgs('adaresnet50', 'resnet50'),
     **grown_cfgs('adaresnet101', 'resnet101'),
     **grown_cfgs('adaresnet152', 'resnet152'),
-    'adaresnet18_cifar': _cifar_cfg(pool_size=(4, 4)),
+    'adaresnet18_cifar': _cifar_cfg(pool_size=(4, 4), paper_ids=_PAPERS),
     'adaresnet20_cifar.c10': _c10_cfg('adaresnet20_cifar.c10', paper_ids=_PAPERS),
-    'adaresnet56_cifar': _cifar_cfg(),
-    'adaresnet110_cifar': _cifar_cfg(),
+    'adaresnet56_cifar': _cifar_cfg(paper_ids=_PAPERS),
+    'adaresnet110_cifar': _cifar_cfg(paper_ids=_PAPERS),
     'test_adaresnet.c10': _c10_cfg('test_adaresnet.c10', pool_size=(4, 4), paper_ids=_PAPERS),
 })
 

@@ -78,8 +78,8 @@ class DResNet(ResNet):
             gate_init: Gate value F(w) to start from. None starts the n gates of a block at 0.5 / n: where each started at
                 0.5, what many connections add would drown what the block before puts out.
             connection_rank: Number of channels in which the connections into a block are summed, before one 1x1
-                convolution expands the sum to the block's input. None sums them at full width. ``timm.create_model``
-                drops arguments that are None, so for a model whose default is a number say it to its entry point.
+                convolution expands the sum to the block's input. None sums them at full width, and so does 0, for models
+                whose default is a number: ``timm.create_model`` drops arguments that are None.
             pruned_connections: Connections that are left out, as (target, source) block numbers: the attribute of this
                 name of a network that has been pruned.
             norm_layer: Normalization layer.
@@ -89,8 +89,8 @@ class DResNet(ResNet):
         Raises:
             ValueError: If an argument is not one of the choices.
         """
-        if connection_rank is not None and (type(connection_rank) is not int or connection_rank < 1):
-            raise ValueError(f'connection_rank must be None or a whole number from 1 on, got {connection_rank!r}.')
+        if connection_rank is not None and (type(connection_rank) is not int or connection_rank < 0):
+            raise ValueError(f'connection_rank must be None or a whole number from 0 on, got {connection_rank!r}.')
         super().__init__(block, layers, norm_layer=norm_layer, device=device, dtype=dtype, **kwargs)
 
         source_chs = []
@@ -208,7 +208,7 @@ class DResNet(ResNet):
 
         flow = self.forward_context()
         for name in self.stage_names:
-            x = getattr(self, name)(x, flow)
+            x = self.forward_stage(getattr(self, name), x, flow)
         return x
 
 
@@ -248,9 +248,9 @@ default_cfgs = generate_default_cfgs({
     **grown_cfgs('dresnet50_gauss', 'resnet50'),
     **grown_cfgs('dresnet101', 'resnet101'),
     **grown_cfgs('dresnet101_gauss', 'resnet101'),
-    'dresnet18_cifar': _cifar_cfg(pool_size=(4, 4)),
+    'dresnet18_cifar': _cifar_cfg(pool_size=(4, 4), origin_url=_PROPOSAL),
     'dresnet20_cifar.c10': _c10_cfg('dresnet20_cifar.c10', origin_url=_PROPOSAL),
-    'dresnet56_cifar': _cifar_cfg(),
+    'dresnet56_cifar': _cifar_cfg(origin_url=_PROPOSAL),
     'test_dresnet.c10': _c10_cfg('test_dresnet.c10', pool_size=(4, 4), origin_url=_PROPOSAL),
 })
 

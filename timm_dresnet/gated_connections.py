@@ -40,22 +40,23 @@ def _without_autocast(x: torch.Tensor) -> ContextManager:
 
 
 class _Gram(torch.autograd.Function):
-    """`rows.t() @ rows`, with one product for its gradient instead of two."""
+    """`rows.t() @ rows` in `dtype`, with one product for its gradient instead of two; rows are kept as they come."""
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows):
+    def forward(rows, dtype):
+        rows = rows.to(dtype)
         return rows.t() @ rows
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(inputs[0])
 
     @staticmethod
     def backward(ctx, grad):
         rows, = ctx.saved_tensors
         with _without_autocast(rows):
-            return rows @ (grad + grad.t())
+            return (rows.to(grad.dtype) @ (grad + grad.t())).to(rows.dtype), None
 
 
 @torch.fx.wrap
@@ -68,9 +69,9 @@ def _moments(x: torch.Tensor, kernel: torch.Tensor) -> Tuple[torch.Tensor, torch
     """
     with _without_autocast(x):
         dtype = torch.promote_types(x.dtype, torch.float32)
-        rows, kernel = _rows(x).to(dtype), kernel.flatten(1).to(dtype)
-        mean = rows.mean(0)
-        cov = _Gram.apply(rows) / len(rows) - mean[:, None] * mean
+        rows, kernel = _rows(x), kernel.flatten(1).to(dtype)
+        mean = rows.mean(0, dtype=dtype)
+        cov = _Gram.apply(rows, dtype) / len(rows) - mean[:, None] * mean
         return kernel @ mean, ((kernel @ cov) * kernel).sum(1).clamp(min=0)
 
 
@@ -90,7 +91,7 @@ def _tf32() -> bool:
 
 def _in_place(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether sums are best taken where tensors lie: not for compilers, which see to that themselves."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
     x = tensors[0]
     fast = x.dtype != torch.float32 or x.device.type == 'cpu' or _tf32()
@@ -112,9 +113,8 @@ def _add_convs(
         kernels: Theirs, `[C, C_k, 1, 1]` each.
         bias: Of all together.
     """
-    if not torch.jit.is_scripting():
-        if _in_place([y, *sources]):
-            return _add_convs_in_place(y, sources, kernels, bias)
+    if _in_place([y, *sources]):
+        return _add_convs_in_place(y, sources, kernels, bias)
     source = sources[0] if len(sources) == 1 else torch.cat(sources, dim=1)
     kernel = kernels[0] if len(kernels) == 1 else torch.cat(kernels, dim=1)
     return y + F.conv2d(source, kernel, bias)
@@ -136,10 +136,9 @@ def _add_convs_in_place(
 @torch.fx.wrap
 def _accumulate(total: torch.Tensor, source: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     """Add a 1x1 convolution to `total`, which may be overwritten."""
-    if not torch.jit.is_scripting():
-        if not torch.is_grad_enabled() and _in_place([source, total]):
-            _rows(total).addmm_(_rows(source), kernel.flatten(1).t().to(total.dtype))
-            return total
+    if not torch.is_grad_enabled() and _in_place([source, total]):
+        _rows(total).addmm_(_rows(source), kernel.flatten(1).t().to(total.dtype))
+        return total
     return F.conv2d(source, kernel).add_(total)
 
 
@@ -270,9 +269,8 @@ class _Pool(torch.autograd.Function):
 @torch.fx.wrap
 def _pool(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """A source, to go on with, and the same at half its resolution."""
-    if not torch.jit.is_scripting():
-        if torch.is_grad_enabled() and _in_place([x]) and x.shape[2] % 2 == x.shape[3] % 2 == 0:
-            return _Pool.apply(x)
+    if torch.is_grad_enabled() and _in_place([x]) and x.shape[2] % 2 == x.shape[3] % 2 == 0:
+        return _Pool.apply(x)
     # matches a stride-2 convolution at every size, odd ones too
     return x, F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
 
@@ -463,7 +461,7 @@ class Connections(StageConnections):
             gate: Gate function, a key of `GATES`.
             gate_init: Gate value to start from. None is 0.5 / n for the n gates of a target.
             rank: Number of channels in which the connections into a block are summed, before a 1x1 convolution
-                expands the sum to ``out_chs``. None sums them in ``out_chs`` channels.
+                expands the sum to ``out_chs``. None or 0 sums them in ``out_chs`` channels.
             norm_layer: Norm layer.
         """
         super().__init__(sources, first_block)
@@ -538,7 +536,7 @@ class Connections(StageConnections):
 
     def fuse(self) -> StageConnections:
         """The same as plain convolutions, for inference; itself if it has norms that do not fold."""
-        if not all(is_batch_norm(projection.norm) for projection in self.projections.values()):
+        if not all(is_batch_norm(projection.norm.eval()) for projection in self.projections.values()):
             return self
         return FusedConnections(self)
 

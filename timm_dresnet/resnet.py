@@ -39,7 +39,7 @@ def fold_norms(block: nn.Module) -> bool:
         pairs.append((block.downsample, str(last - 1), str(last)))
     for module, conv_name, norm_name in pairs:
         conv, norm = getattr(module, conv_name, None), getattr(module, norm_name, None)
-        if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.track_running_stats:
+        if type(conv) is nn.Conv2d and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.track_running_stats:
             conv.weight, conv.bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
             setattr(module, norm_name, nn.Identity())
@@ -49,7 +49,8 @@ def fold_norms(block: nn.Module) -> bool:
 
 def is_batch_norm(norm: nn.Module) -> bool:
     """Whether a norm is a plain batch norm, which can be scaled and folded."""
-    return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
+    plain = type(norm) is nn.BatchNorm2d or type(norm) is nn.SyncBatchNorm and not norm.training
+    return plain and norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
 def scaled_batch_norm(norm: nn.BatchNorm2d, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

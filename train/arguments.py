@@ -1,6 +1,7 @@
 """The arguments of a run: those of timm's train.py, by the same names, from a YAML recipe and the command line."""
 import argparse
 import difflib
+import os
 import reprlib
 from pathlib import Path
 from typing import Any, List, Optional
@@ -9,6 +10,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 _MAX_RECIPE = 2 ** 20  # bytes
+_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 _INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 
 
@@ -30,7 +32,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--dataset-download', action='store_true', help='let timm download the data set')
     group.add_argument('--val-split', default='validation', metavar='NAME', help='split to measure on')
     group.add_argument('--val-num-samples', type=int, metavar='N', help='its number of images, if a stream')
-    group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='processes that load images')
+    group.add_argument('-j', '--workers', type=int, default=min(4, _CPUS), metavar='N',
+                       help='processes that load images')
     group.add_argument('--worker-timeout', type=int, default=600, metavar='N',
                        help='seconds to wait for a batch from them before the run ends, 0 for ever')
     group.add_argument('--pin-mem', action='store_true', help='pin memory, for a faster copy to the GPU')
@@ -223,8 +226,19 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _is_scalar(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))
+def _is_plain(value: Any) -> bool:
+    """Whether it is made of texts and numbers, and not too many: the aliases of YAML make bombs."""
+    items = [value]
+    for item in items:
+        if len(items) > 1000:
+            return False
+        if isinstance(item, dict):
+            items += [*item, *item.values()]
+        elif isinstance(item, list):
+            items += item
+        elif not (item is None or isinstance(item, (bool, int, float, str))):
+            return False
+    return True
 
 
 def _wanted(action: argparse.Action, value: Any) -> Optional[str]:
@@ -233,11 +247,9 @@ def _wanted(action: argparse.Action, value: Any) -> Optional[str]:
         return None
     if isinstance(action, argparse._StoreTrueAction):
         return None if isinstance(value, bool) else 'true or false'
-    if isinstance(action, ParseKwargs):  # nothing nested: the aliases of YAML make bombs of that
-        flat = isinstance(value, dict) and all(
-            isinstance(key, str) and (_is_scalar(v) or isinstance(v, list) and all(map(_is_scalar, v)))
-            for key, v in value.items())
-        return None if flat else 'arguments, one "key: value" a line'
+    if isinstance(action, ParseKwargs):
+        good = isinstance(value, dict) and all(isinstance(key, str) for key in value) and _is_plain(value)
+        return None if good else 'arguments, one "key: value" a line'
     wanted = f'one of {", ".join(action.choices)}' if action.choices else {
         int: 'a whole number', positive: 'a whole number from 1 on', float: 'a number', None: 'text'}[action.type]
     if action.nargs in (None, '?'):

@@ -28,10 +28,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from timm_dresnet.files import beside
 from timm_dresnet.resnet import fold_norms
 
 from .arguments import parse_args, positive
-from .files import beside
 from .trainer import create_model
 
 _PAIRS = [('dresnet18', 'resnet18'), ('adaresnet50', 'resnet50'), ('dresnet50', 'resnet50')]

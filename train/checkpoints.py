@@ -16,15 +16,15 @@ import yaml
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, NativeScaler
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from timm_dresnet.files import replace
 
 from .data import is_worker_lost
-from .files import replace
 
 _logger = logging.getLogger('train')
 
 # arguments that may differ when a run goes on, since they do not change what comes out
 _FREE = {
-    'bad_images', 'checkpoint_hist', 'device', 'experiment', 'in_memory', 'log_interval',
+    'bad_images', 'checkpoint_hist', 'dataset_download', 'device', 'experiment', 'in_memory', 'log_interval',
     'log_tensorboard', 'log_wandb', 'output', 'pin_mem', 'recovery_interval', 'validation_batch_size', 'wandb_project',
     'wandb_tags', 'worker_timeout', 'workers',
 }

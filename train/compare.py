@@ -18,11 +18,12 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from timm.utils import setup_default_logging
+from timm_dresnet.files import beside
 
 from .benchmark import count_multiply_adds
 from .checkpoints import is_finished, open_folder
 from .engine import Stop
-from .files import beside, read_csv, write_csv
+from .tables import read_csv, write_csv
 
 _logger = logging.getLogger('train')
 _HERE = Path(__file__).parent

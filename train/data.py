@@ -356,8 +356,8 @@ def _create_images(args: argparse.Namespace, split: str, is_training: bool, in_c
     elif not args.dataset and not (args.data_dir and Path(args.data_dir).exists()):
         raise ValueError(
             f'there is no folder {args.data_dir}, check --data-dir.' if args.data_dir else
-            'say what to train on: a recipe (--config train/recipes/digits.yaml), a folder of images (--data-dir DIR) '
-            'or a data set that timm knows (--dataset NAME).')
+            f'say what to {"train on: a recipe (--config train/recipes/digits.yaml)," if is_training else "measure on:"} '
+            'a folder of images (--data-dir DIR) or a data set that timm knows (--dataset NAME).')
     else:
         if not args.dataset and _search_split(args.data_dir, split) == args.data_dir:
             # timm would take all images there are: those of training to validate on
@@ -424,7 +424,8 @@ def class_names(dataset: Dataset) -> Optional[List[str]]:
     if names is None:
         index = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
         names = sorted(index, key=index.get) if index else None
-    return [str(name) for name in names] if names else None
+    # torchvision's ImageNet has tuples of synonyms
+    return [str(name[0] if isinstance(name, tuple) else name) for name in names] if names else None
 
 
 def check_classes(dataset: Dataset, num_classes: int) -> None:

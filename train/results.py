@@ -13,8 +13,9 @@ import torch.nn as nn
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from timm.models import save_for_hf
+from timm_dresnet.files import beside
 
-from .files import beside, read_csv, write_epoch
+from .tables import read_csv, write_epoch
 
 
 def has_connections(model: nn.Module) -> bool:
@@ -142,11 +143,11 @@ def save_results(
         data_config: Input size and preprocessing that the model was trained with.
         label_names: Names of the classes.
     """
-    for left_over in folder.glob('.*-*'):  # of a run that was killed
+    for left_over in (*folder.glob('.new-*'), *folder.glob('.link-*')):  # of a run that was killed
         shutil.rmtree(left_over)
     _draw(folder)
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)  # as safetensors wants it
-    for key in ('tag', 'label_names'):  # of other weights
+    for key in ('tag', 'label_names', 'label_descriptions'):  # of other weights
         model.pretrained_cfg.pop(key, None)
     with beside(folder) as new:
         named = label_names and len(label_names) == model.num_classes

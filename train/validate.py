@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import timm
 import torch
 from timm.data import resolve_input_data_config
-from timm.models import load_checkpoint
+from timm.models import is_model_pretrained, load_checkpoint
 from timm.utils import ParseKwargs, is_primary, setup_default_logging
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from timm_dresnet.untrusted import load_folder
@@ -15,7 +15,7 @@ from timm_dresnet.untrusted import load_folder
 from .arguments import add_data_arguments, add_device_arguments, create_parser, positive
 from .data import BadImageError, check_classes, create_eval_loader
 from .engine import validate
-from .files import write_csv
+from .tables import write_csv
 from .trainer import create_autocast, create_model, set_up_device
 
 # what a run may begin with, but its checkpoints do not
@@ -53,6 +53,8 @@ def load_model(name: str, args: argparse.Namespace) -> Tuple[torch.nn.Module, Di
             model = create_model(made)
             load_checkpoint(model, name)  # the moving average, if there is one
             return model, resolve_input_data_config(model, trained)
+        elif ':' not in name and not is_model_pretrained(name):
+            raise ValueError(f'there is no folder, file or pretrained model {name}.')
         else:
             model = timm.create_model(
                 name, pretrained=True, num_classes=args.num_classes, **args.model_kwargs)
