@@ -78,8 +78,8 @@ class DResNet(ResNet):
             gate_init: Gate value F(w) to start from. None starts the n gates of a block at 0.5 / n: where each started at
                 0.5, what many connections add would drown what the block before puts out.
             connection_rank: Number of channels in which the connections into a block are summed, before one 1x1
-                convolution expands the sum to the block's input. None sums them at full width, and so does 0, for models
-                whose default is a number: ``timm.create_model`` drops arguments that are None.
+                convolution expands the sum to the block's input. None sums them at full width, and so does 0, for
+                models whose default is a number: ``timm.create_model`` drops arguments that are None.
             pruned_connections: Connections that are left out, as (target, source) block numbers: the attribute of this
                 name of a network that has been pruned.
             norm_layer: Normalization layer.

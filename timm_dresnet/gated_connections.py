@@ -90,7 +90,7 @@ def _tf32() -> bool:
 
 
 def _in_place(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether sums are best taken where tensors lie: not for compilers, which see to that, and torch.func, which cannot."""
+    """Whether sums are best taken where tensors lie: not for compilers, which see to that, nor in torch.func."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
     x = tensors[0]
