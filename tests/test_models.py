@@ -407,6 +407,13 @@ def test_other_feature_extractors(feature_cls):
             assert_close(feature, expected)
 
 
+@pytest.mark.parametrize('name', ['test_dresnet', 'test_adaresnet', 'plainnet20_cifar'])
+def test_script_of_what_fx_has_traced(name):
+    model = create(name).eval()
+    scripted = torch.jit.script(torch.fx.symbolic_trace(model))
+    assert_close(scripted(images()), model(images()))
+
+
 def test_sequential_feature_extractor_is_refused():
     """It would run the stages one after another and leave the connections out."""
     model = create('dresnet18', features_only=True, feature_cls='list')

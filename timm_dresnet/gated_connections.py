@@ -113,8 +113,9 @@ def _add_convs(
         kernels: Theirs, `[C, C_k, 1, 1]` each.
         bias: Of all together.
     """
-    if _in_place([y, *sources]):
-        return _add_convs_in_place(y, sources, kernels, bias)
+    if not torch.jit.is_scripting():  # as it is where torch.fx has traced a network
+        if _in_place([y, *sources]):
+            return _add_convs_in_place(y, sources, kernels, bias)
     source = sources[0] if len(sources) == 1 else torch.cat(sources, dim=1)
     kernel = kernels[0] if len(kernels) == 1 else torch.cat(kernels, dim=1)
     return y + F.conv2d(source, kernel, bias)
@@ -136,9 +137,10 @@ def _add_convs_in_place(
 @torch.fx.wrap
 def _accumulate(total: torch.Tensor, source: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     """Add a 1x1 convolution to `total`, which may be overwritten."""
-    if not torch.is_grad_enabled() and _in_place([source, total]):
-        _rows(total).addmm_(_rows(source), kernel.flatten(1).t().to(total.dtype))
-        return total
+    if not torch.jit.is_scripting():
+        if not torch.is_grad_enabled() and _in_place([source, total]):
+            _rows(total).addmm_(_rows(source), kernel.flatten(1).t().to(total.dtype))
+            return total
     return F.conv2d(source, kernel).add_(total)
 
 
@@ -269,8 +271,9 @@ class _Pool(torch.autograd.Function):
 @torch.fx.wrap
 def _pool(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """A source, to go on with, and the same at half its resolution."""
-    if torch.is_grad_enabled() and _in_place([x]) and x.shape[2] % 2 == x.shape[3] % 2 == 0:
-        return _Pool.apply(x)
+    if not torch.jit.is_scripting():
+        if torch.is_grad_enabled() and _in_place([x]) and x.shape[2] % 2 == x.shape[3] % 2 == 0:
+            return _Pool.apply(x)
     # matches a stride-2 convolution at every size, odd ones too
     return x, F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
 
