@@ -38,7 +38,7 @@ def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp('digits')
     images, targets = load_digits(return_X_y=True)
     for number, (image, target) in enumerate(zip(images[:112], targets)):
-        path = folder / ('train' if number < 96 else 'validation') / str(target) / f'{number:03}.png'
+        path = folder / ('train' if number >= 16 else 'validation') / str(target) / f'{number:03}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((image.reshape(8, 8) * 15).astype('uint8')).save(path)
     return [
