@@ -94,6 +94,20 @@ def test_sigterm_to_all_processes(uninterrupted, tmp_path):
     assert_same(tmp_path / 'digits', uninterrupted)
 
 
+def test_same_command_twice_at_once(uninterrupted, tmp_path):
+    first = start(tmp_path, start_new_session=True)
+    log = ''
+    while 'epoch   1/3' not in log:
+        log += first.stderr.readline()
+    os.killpg(first.pid, signal.SIGSTOP)  # so that the second finds it at work, however fast it is
+    second = start(tmp_path)
+    _, log = second.communicate()
+    assert second.returncode == 1 and re.search(r'error: Another process trains into \S+digits', log), log
+    os.killpg(first.pid, signal.SIGCONT)
+    finish(first)
+    assert_same(tmp_path / 'digits', uninterrupted)
+
+
 @pytest.mark.slow
 def test_killed_anywhere(uninterrupted, tmp_path):
     times = random.Random(0)

@@ -304,8 +304,9 @@ def test_wrong_recipes(text, words, tmp_path, capsys):
 
 
 def test_command_line_overrides_recipe():
-    args = parse_args(['--config', str(RECIPE), '--epochs', '3'])
+    args = parse_args(['--config', str(RECIPE), '--epochs', '3', '--no-channels-last', '--amp'])
     assert (args.epochs, args.model, args.momentum) == (3, 'dresnet20_cifar', 0.9)
+    assert (args.sched_on_updates, args.channels_last, args.amp, args.deterministic) == (True, False, True, False)
 
 
 def test_numbers_of_recipes(tmp_path):

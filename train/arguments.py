@@ -14,6 +14,13 @@ _CPUS = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os
 _INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 
 
+class _Switch(argparse.BooleanOptionalAction):
+    """`--amp`, off unless set, and `--no-amp`, over a recipe that sets it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{'default': False, **kwargs})
+
+
 def positive(text: str) -> int:
     """A whole number from 1 on."""
     number = int(text)
@@ -29,19 +36,19 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--dataset', default='', metavar='NAME',
                        help="as in timm ('' for ImageFolder, torch/cifar10, ...), or digits: scikit-learn's 1,797 "
                             "handwritten digits, which need no download")
-    group.add_argument('--dataset-download', action='store_true', help='let timm download the data set')
+    group.add_argument('--dataset-download', action=_Switch, help='let timm download the data set')
     group.add_argument('--val-split', default='validation', metavar='NAME', help='split to measure on')
     group.add_argument('--val-num-samples', type=int, metavar='N', help='its number of images, if a stream')
     group.add_argument('-j', '--workers', type=int, default=min(4, _CPUS), metavar='N',
                        help='processes that load images')
     group.add_argument('--worker-timeout', type=int, default=600, metavar='N',
                        help='seconds to wait for a batch from them before the run ends, 0 for ever')
-    group.add_argument('--pin-mem', action='store_true', help='pin memory, for a faster copy to the GPU')
+    group.add_argument('--pin-mem', action=_Switch, help='pin memory, for a faster copy to the GPU')
     group.add_argument('--class-map', default='', metavar='FILE', help='file that maps classes to indices')
     group.add_argument('--input-img-mode', metavar='MODE', help='mode of images in PIL (L for one channel, else RGB)')
     group.add_argument('--input-key', metavar='KEY', help='where a sample of hfds/, hfids/ or wds/ has its image')
     group.add_argument('--target-key', metavar='KEY', help='and where its class')
-    group.add_argument('--in-memory', action='store_true', help='decode all images once and keep them in memory')
+    group.add_argument('--in-memory', action=_Switch, help='decode all images once and keep them in memory')
     group.add_argument('--bad-images', default='stop', choices=('stop', 'skip'),
                        help='what to do when an image cannot be read; skipped ones are counted')
 
@@ -50,8 +57,8 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """What both ask about the device."""
     group = parser.add_argument_group('device')
     group.add_argument('--device', metavar='NAME', help='device to run on (a GPU if there is one, if not set)')
-    group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
-    group.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    group.add_argument('--channels-last', action=_Switch, help='channels-last memory layout')
+    group.add_argument('--amp', action=_Switch, help='automatic mixed precision')
     group.add_argument('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='its lower precision')
 
 
@@ -74,11 +81,11 @@ def create_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='dresnet18', metavar='NAME', help='architecture, any of timm.list_models()')
-    group.add_argument('--pretrained', action='store_true', help='start from the pretrained weights of the model')
+    group.add_argument('--pretrained', action=_Switch, help='start from the pretrained weights of the model')
     group.add_argument('--pretrained-path', metavar='FILE',
                        help='load these weights as the pretrained ones, with a classifier for --num-classes')
     group.add_argument('--initial-checkpoint', default='', metavar='FILE', help='start from exactly these weights')
-    group.add_argument('--linear-probe', action='store_true', help='freeze all but the classifier')
+    group.add_argument('--linear-probe', action=_Switch, help='freeze all but the classifier')
     group.add_argument('--num-classes', type=int, metavar='N', help='number of classes (the model default if not set)')
     group.add_argument('--in-chans', type=int, metavar='N', help='number of image channels (3 if not set)')
     group.add_argument('--img-size', type=positive, metavar='N', help='image size (the model default if not set)')
@@ -124,11 +131,11 @@ def create_parser() -> argparse.ArgumentParser:
                        help="how lr follows the batch size; '': sqrt for Ada* and LAMB, else linear")
     group.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd',
                        'rsqrt', 'constant'), help='schedule of the learning rate')
-    group.add_argument('--sched-on-updates', action='store_true', help='step the schedule every update')
+    group.add_argument('--sched-on-updates', action=_Switch, help='step the schedule every update')
     group.add_argument('--epochs', type=positive, default=300, metavar='N', help='number of epochs')
     group.add_argument('--warmup-epochs', type=int, default=5, metavar='N', help='epochs of warm-up')
     group.add_argument('--warmup-lr', type=float, default=1e-5, metavar='X', help='learning rate to warm up from')
-    group.add_argument('--warmup-prefix', action='store_true', help='warm-up comes on top of --epochs')
+    group.add_argument('--warmup-prefix', action=_Switch, help='warm-up comes on top of --epochs')
     group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help='epochs at --min-lr at the end')
     group.add_argument('--min-lr', type=float, default=0., metavar='X', help='lowest learning rate')
     group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N',
@@ -172,9 +179,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--mixup-switch-prob', type=float, default=0.5, metavar='X', help='chance of CutMix if both')
     group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='how they are applied')
     group.add_argument('--smoothing', type=float, default=0.1, metavar='X', help='label smoothing')
-    group.add_argument('--bce-loss', action='store_true', help='binary cross-entropy instead of softmax')
+    group.add_argument('--bce-loss', action=_Switch, help='binary cross-entropy instead of softmax')
     group.add_argument('--bce-target-thresh', type=float, metavar='X', help='threshold that makes its targets binary')
-    group.add_argument('--bce-sum', action='store_true', help='sum it over classes')
+    group.add_argument('--bce-sum', action=_Switch, help='sum it over classes')
     group.add_argument('--bce-pos-weight', type=float, metavar='X', help='weight of positive targets')
 
     group = parser.add_argument_group('resolution schedule')
@@ -192,19 +199,19 @@ def create_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('speed')
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')
     group.add_argument('--torchcompile-mode', metavar='MODE', help='mode of torch.compile')
-    group.add_argument('--grad-checkpointing', action='store_true', help='trade time for memory')
-    group.add_argument('--deterministic', action='store_true', help='deterministic algorithms only')
+    group.add_argument('--grad-checkpointing', action=_Switch, help='trade time for memory')
+    group.add_argument('--deterministic', action=_Switch, help='deterministic algorithms only')
 
     group = parser.add_argument_group('several processes (torchrun)')
-    group.add_argument('--sync-bn', action='store_true', help='batch norm over the batches of all processes')
+    group.add_argument('--sync-bn', action=_Switch, help='batch norm over the batches of all processes')
     group.add_argument('--dist-bn', default='reduce', choices=('reduce', 'broadcast', ''),
                        help='statistics of batch norm at the end of an epoch: mean, first process, or as they are')
     group.add_argument('--no-ddp-bb', action='store_true', help='do not broadcast buffers at every step')
 
     group = parser.add_argument_group('exponential moving average')
-    group.add_argument('--model-ema', action='store_true', help='keep a moving average of the weights, and publish it')
+    group.add_argument('--model-ema', action=_Switch, help='keep a moving average of the weights, and publish it')
     group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='X', help='its decay')
-    group.add_argument('--model-ema-warmup', action='store_true', help='let the decay warm up')
+    group.add_argument('--model-ema-warmup', action=_Switch, help='let the decay warm up')
 
     group = parser.add_argument_group('run')
     group.add_argument('--seed', type=int, default=42, metavar='N', help='random seed')
@@ -219,8 +226,8 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--log-interval', type=positive, default=50, metavar='N',
                        help='updates between lines where there is no terminal')
     group.add_argument('--val-interval', type=positive, default=1, metavar='N', help='epochs between validations')
-    group.add_argument('--log-tensorboard', action='store_true', help='log to TensorBoard, into the folder of the run')
-    group.add_argument('--log-wandb', action='store_true', help='log to Weights & Biases')
+    group.add_argument('--log-tensorboard', action=_Switch, help='log to TensorBoard, into the folder of the run')
+    group.add_argument('--log-wandb', action=_Switch, help='log to Weights & Biases')
     group.add_argument('--wandb-project', metavar='NAME', help='its project')
     group.add_argument('--wandb-tags', nargs='+', default=[], metavar='NAME', help='its tags')
     return parser
@@ -245,7 +252,7 @@ def _wanted(action: argparse.Action, value: Any) -> Optional[str]:
     """What a recipe should hold for an argument, if that is not what it holds."""
     if value is None:
         return None
-    if isinstance(action, argparse._StoreTrueAction):
+    if isinstance(action, (_Switch, argparse._StoreTrueAction)):
         return None if isinstance(value, bool) else 'true or false'
     if isinstance(action, ParseKwargs):
         good = isinstance(value, dict) and all(isinstance(key, str) for key in value) and _is_plain(value)

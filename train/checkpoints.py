@@ -13,6 +13,7 @@ from typing import Any, Dict, Iterator, Optional, Tuple
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, NativeScaler
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
@@ -69,6 +70,21 @@ def open_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
     (new / 'args.yaml').write_text(text)
     replace(new, folder)
     return folder
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Take the folder of a run for this process, until the lock is released or the process ends.
+
+    Raises:
+        ValueError: If another process holds it.
+    """
+    lock = FileLock(folder / '.lock', timeout=10)  # loading processes outlive one that was killed by some seconds
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f'Another process trains into {folder}: wait for its end, or use another --experiment.') from None
+    return lock
 
 
 def _unfinished(folder: Path) -> Iterator[Path]:

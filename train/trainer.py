@@ -21,7 +21,7 @@ from timm.utils import (
 from torch.nn.parallel import DistributedDataParallel
 
 from . import sync_batch_norm
-from .checkpoints import Checkpoints, is_finished, newest, open_folder, restore
+from .checkpoints import Checkpoints, is_finished, lock_folder, newest, open_folder, restore
 from .data import check_classes, class_names, count_bad_images, create_eval_loader, create_train_loader
 from .engine import Stop, Stopped, Task, train_one_epoch, updates_per_epoch, validate
 from .results import Log, save_results
@@ -216,6 +216,8 @@ class Trainer:
         name = args.experiment or f'{safe_model_name(args.model)}-{self.data_config["input_size"][-1]}'
         self.folder = self._from_primary(lambda: open_folder(Path(args.output), name, recipe))
         self.finished = self._from_primary(lambda: is_finished(self.folder))
+        if is_primary(args) and not self.finished:
+            self.lock = lock_folder(self.folder)
         checkpoint = self._from_primary(lambda: newest(self.folder)) if not self.finished else None
         if checkpoint is not None:
             self._go_on(checkpoint)
@@ -310,6 +312,8 @@ class Trainer:
                     self._report(epoch, train_metrics, eval_metrics, bad, left)
         if is_primary(args):
             save_results(self.trained_model, self.folder, self.data_config, self.class_names)
+            self.lock.release()
+            Path(self.lock.lock_file).unlink(missing_ok=True)
         if args.distributed:
             dist.barrier()
 
