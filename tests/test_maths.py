@@ -85,16 +85,23 @@ def test_dresnet_in_channels_last(arch, kwargs, size, training):
     check_dresnet(arch, 'gauss', size, training, layout=torch.channels_last, **kwargs)
 
 
-@pytest.mark.parametrize('kwargs', [{}, dict(connection_rank=5)], ids=str)
-def test_gradients_of_gradients(kwargs):
-    """Those of a gradient penalty."""
-    model = create('dresnet20_cifar', gate_init=0.5, **kwargs).train()
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('arch,kwargs', [
+    ('dresnet20_cifar', dict(gate_init=0.5)), ('dresnet20_cifar', dict(gate_init=0.5, connection_rank=5)),
+    ('adaresnet20_cifar', dict(skip_init=0.5)), ('adaresnet20_cifar', dict(skip_init=0.5, skip_weight='shared')),
+], ids=str)
+def test_gradients_of_gradients(arch, kwargs, layout):
+    """Those of a gradient penalty, and of optimizers of second order."""
+    model = create(arch, **kwargs).train()
     reference = copy.deepcopy(model)
+    model.to(memory_format=layout)
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
+    output = model(x.to(memory_format=layout))
+    expected = naive.adaresnet(reference, x) if arch.startswith('ada') else naive.dresnet(reference, 'sigmoid', x)[0]
     penalties = []
-    for output in (model(x), naive.dresnet(reference, 'sigmoid', x)[0]):
-        gradient, = torch.autograd.grad(output.square().sum(), x, create_graph=True)
-        penalties.append(gradient.square().sum())
+    for m, y in ((model, output), (reference, expected)):
+        gradients = torch.autograd.grad(y.square().sum(), [x, *m.parameters()], create_graph=True)
+        penalties.append(sum(gradient.square().sum() for gradient in gradients))
     torch.testing.assert_close(*penalties)
     gradients, expected_gradients = (
         torch.autograd.grad(penalty, list(m.parameters())) for penalty, m in zip(penalties, (model, reference)))

@@ -37,26 +37,24 @@ class _Fork(torch.autograd.Function):
         return x.view_as(x), x.view_as(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, branch_grad, shortcut_grad):
         alpha, = ctx.saved_tensors
         return torch.addcmul(branch_grad, shortcut_grad, alpha), None
 
 
 class _Join(torch.autograd.Function):
-    """`branch + alpha * shortcut`, in place."""
+    """`branch + alpha * shortcut`, in place. `x` is what was forked: gradients of the gradient of alpha go there."""
 
     @staticmethod
-    def forward(ctx, branch, shortcut, alpha):
-        ctx.save_for_backward(shortcut)
+    def forward(ctx, branch, shortcut, alpha, x):
+        ctx.save_for_backward(x)
         ctx.mark_dirty(branch)
         return branch.addcmul_(shortcut, alpha)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        shortcut, = ctx.saved_tensors
-        return grad, grad, _dot(grad, shortcut)
+        x, = ctx.saved_tensors
+        return grad, grad, _dot(grad, x), None
 
 
 class SkipWeight(nn.Module):
@@ -120,8 +118,8 @@ class AdaBlock:
         if torch.is_grad_enabled() and not traced and not torch._C._are_functorch_transforms_active():
             # a compiler saves these passes by itself
             alpha = self.skip_weight.alpha.to(x.dtype)
-            x, shortcut = _Fork.apply(x, alpha)
-            return _Join.apply(self.branch(x), shortcut, alpha)
+            forked, shortcut = _Fork.apply(x, alpha)
+            return _Join.apply(self.branch(forked), shortcut, alpha, x)
         return self.skip_weight(self.branch(x), x)
 
 

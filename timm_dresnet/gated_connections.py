@@ -260,7 +260,6 @@ class _Pool(torch.autograd.Function):
         return x.view_as(x), F.avg_pool2d(x, 2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, pooled_grad):
         batch, chs, height, width = pooled_grad.shape
         rows = grad.permute(0, 2, 3, 1).contiguous().view(batch, height, 2, width, 2, chs)
