@@ -83,7 +83,8 @@ def lock_folder(folder: Path) -> FileLock:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f'Another process trains into {folder}: wait for its end, or use another --experiment.') from None
+            f'Another process trains into {folder}: wait for its end, or use another --experiment. If there is none, '
+            f'as may be on a network disk, remove {lock.lock_file}.') from None
     return lock
 
 
