@@ -78,7 +78,8 @@ def lock_folder(folder: Path) -> FileLock:
     Raises:
         ValueError: If another process holds it.
     """
-    lock = FileLock(folder / '.lock', timeout=10)  # loading processes outlive one that was killed by some seconds
+    # loading processes outlive one that was killed by some seconds; a run that has failed in this process is no other
+    lock = FileLock(folder / '.lock', timeout=10, is_singleton=True)
     try:
         lock.acquire()
     except Timeout:

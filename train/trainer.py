@@ -312,7 +312,7 @@ class Trainer:
                     self._report(epoch, train_metrics, eval_metrics, bad, left)
         if is_primary(args):
             save_results(self.trained_model, self.folder, self.data_config, self.class_names)
-            self.lock.release()
+            self.lock.release(force=True)
             Path(self.lock.lock_file).unlink(missing_ok=True)
         if args.distributed:
             dist.barrier()
