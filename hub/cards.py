@@ -8,7 +8,7 @@ import csv
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import timm
 import timm_dresnet
@@ -63,7 +63,7 @@ class Run:
     Attributes:
         args: Arguments of the training, empty if not recorded.
         epochs: Rows of `summary.csv`.
-        validation: Rows of `validation.csv`, what `python -m train.validate` has measured.
+        validation: Rows of `validation.csv`: what `python -m train.validate` has measured of the folder.
         dataset_id: Of the data set on the Hub.
         note: What else a reader should know of the data.
     """
@@ -90,6 +90,12 @@ class Run:
                         rows += csv.DictReader(f)
         except (yaml.YAMLError, AttributeError, UnicodeDecodeError, csv.Error) as e:
             raise ValueError(f'{folder} holds a damaged file of its run: {" ".join(str(e).split())}') from e
+        names = {row['model'] for row in run.validation}
+        run.validation = [row for row in run.validation if Path(row['model']).name == folder.resolve().name]
+        if names and not run.validation:
+            raise ValueError(
+                f'{folder}/validation.csv is not of {folder}, but of {", ".join(sorted(names))}: measure {folder} with '
+                'python -m train.validate and the same --csv, or remove it.')
         if missing := run.args and {'model', 'epochs', 'seed', 'opt', 'batch_size'} - set(run.args):
             raise ValueError(f'{folder}/args.yaml does not say {", ".join(sorted(missing))}: it is not that of a run.')
         source, _, name = str(run.args.get('dataset') or '').partition('/')
@@ -119,13 +125,13 @@ class Run:
             del given['val_split']
         return ' '.join(f'--{key.replace("_", "-")} {shlex.quote(str(value))}' for key, value in given.items())
 
-    def metrics(self, size: int) -> Optional[Dict[str, float]]:
+    def metrics(self, size: str) -> Optional[Dict[str, float]]:
         """Accuracy and loss of the model as published: as measured since, or else after the last epoch.
 
         Args:
-            size: Of the images, which may have been measured at several.
+            size: Height and width of the images, which may have been measured at several, as in 32x32.
         """
-        if rows := [row for row in self.validation if int(row['size']) == size]:
+        if rows := [row for row in self.validation if row['size'] == size]:
             return {key: float(rows[-1][key]) for key in ('top1', 'top5', 'loss', 'images')}
         if self.epochs and self.epochs[-1].get('eval_top1'):
             return {key: float(self.epochs[-1][f'eval_{key}']) for key in ('top1', 'top5', 'loss')}
@@ -167,6 +173,10 @@ def _family(model: nn.Module) -> str:
     return next((name for name in _ABOUT if isinstance(model, getattr(timm_dresnet, name))), 'ResNet')
 
 
+def _size(input_size: Sequence[int]) -> str:
+    return 'x'.join(map(str, input_size[1:]))
+
+
 def _describe_connections(model: nn.Module) -> str:
     if getattr(model, 'fused', False):
         return ''
@@ -180,9 +190,9 @@ def _describe_connections(model: nn.Module) -> str:
     return ''
 
 
-def _describe_training(run: Run, size: int) -> str:
+def _describe_training(run: Run, size: str) -> str:
     args = run.args
-    what = [f'{args["epochs"]} epochs on {run.dataset} at {size}x{size}']
+    what = [f'{args["epochs"]} epochs on {run.dataset} at {size}']
     if sizes := args.get('train_img_sizes'):
         what.append(f'on images that grow from {min(sizes)}x{min(sizes)}' if args['train_size_schedule'] == 'progressive'
                     else f'on images of {min(sizes)} to {max(sizes)} pixels')
@@ -195,12 +205,12 @@ def _describe_training(run: Run, size: int) -> str:
     return f'{", ".join(what)}.'
 
 
-def _limits(run: Run, num_classes: int, size: int) -> str:
+def _limits(run: Run, num_classes: int, size: str) -> str:
     data = f'those of {run.dataset}' if run.args else 'those that it was trained on'
     return (
         f'For classifying images like {data}, and as a start for fine-tuning. Every image is given one of the '
         f'{num_classes} classes, whatever it shows. Nothing has been measured on other images, on photographs of '
-        f'people, or far from {size}x{size}, and what is wrong or one-sided in the training images is so in the model.')
+        f'people, or far from {size}, and what is wrong or one-sided in the training images is so in the model.')
 
 
 def model_card(model: nn.Module, run: Run, name: str, files: List[str], license: str) -> ModelCard:
@@ -214,10 +224,11 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
         license: License of the weights.
     """
     cfg = model.pretrained_cfg
-    channels, height, width = timm.data.resolve_model_data_config(model)['input_size']
+    input_size = timm.data.resolve_model_data_config(model)['input_size']
+    size = _size(input_size)
     title = name.split('/')[-1]
     family = _family(model)
-    metrics = run.metrics(height)
+    metrics = run.metrics(size)
     eval_results = None
     if metrics:
         common = dict(
@@ -254,9 +265,9 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
         architecture=cfg['architecture'],
         arguments=''.join(f', `{key}={value!r}`' for key, value in args.items()),
         parameters=f'{sum(parameter.numel() for parameter in model.parameters()):,}',
-        input_size=f'{channels}x{height}x{width}',
-        shape=f'{channels}, {height}, {width}',
-        image_mode={1: 'L', 3: 'RGB'}.get(channels, 'RGB'),
+        input_size='x'.join(map(str, input_size)),
+        shape=', '.join(map(str, input_size)),
+        image_mode={1: 'L', 3: 'RGB'}.get(input_size[0], 'RGB'),
         classes=classes,
         top=min(5, model.num_classes),
         connections=_describe_connections(model),
@@ -267,13 +278,13 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
         data_arguments=run.data_arguments,
         results=metrics and dict(
             split=run.args.get('val_split', 'validation'),
-            size=f'{height}x{width}',
+            size=size,
             top1=f'{metrics["top1"]:.2f}', top5=f'{metrics["top5"]:.2f}', loss=f'{metrics["loss"]:.4f}',
         ),
-        training=_describe_training(run, height) if run.args else '',
+        training=_describe_training(run, size) if run.args else '',
         summary='summary.csv' in files,
         pictures=[(file, text) for file, text in PICTURES.items() if file in files],
-        limits=_limits(run, model.num_classes, height),
+        limits=_limits(run, model.num_classes, size),
         sources=_SOURCES.get(family, []) + _EVERY_SOURCE,
     )
 
@@ -286,7 +297,7 @@ def family_card() -> ModelCard:
         if 'note' in facts:
             notes.setdefault(facts['note'], []).append(f'`{tag}`')
         run, model = Run.read(ZOO / tag, **facts), timm.create_model(tag)
-        size = model.pretrained_cfg['input_size'][-1]
+        size = _size(model.pretrained_cfg['input_size'])
         metrics = run.metrics(size)
         rows.append(dict(
             tag=tag,
@@ -319,7 +330,7 @@ def results_table() -> str:
     lines = ['model,top1,top5,size,images,dataset']
     for tag in yaml.safe_load(ZOO.with_suffix('.yaml').read_text()):
         run = Run.read(ZOO / tag)
-        size = timm.get_pretrained_cfg(tag).input_size[-1]
+        size = _size(timm.get_pretrained_cfg(tag).input_size)
         metrics = run.metrics(size)
         lines.append(f'{tag},{metrics["top1"]},{metrics["top5"]},{size},{metrics["images"]:.0f},{run.dataset}')
     return '\n'.join(lines) + '\n'

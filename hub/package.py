@@ -55,7 +55,7 @@ def package(folder: Path, tag: str) -> None:
     record.mkdir(parents=True, exist_ok=True)
     for name in (*TABLES, *PICTURES):
         (record / name).unlink(missing_ok=True)
-        if (folder / name).exists():
+        if name != 'validation.csv' and (folder / name).exists():  # that is of the weights before they were rounded
             shutil.copyfile(folder / name, record / name)
     if run.args:
         (record / 'args.yaml').write_text(yaml.safe_dump(run.args))

@@ -9,10 +9,13 @@ import sys
 import pytest
 import timm
 import yaml
+from PIL import Image
 from safetensors.torch import save_file
 
 from train import compare, validate
+from train.__main__ import main
 from train.compare import load_config
+from train.data import Digits
 
 from conftest import ROOT
 
@@ -45,6 +48,7 @@ def test_comparison(tmp_path):
         if 'Training' in line:
             process.send_signal(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM and 'Stopped' in log, log
+    command += ['--bad-images', 'skip', '--log-interval', '7']  # what does not change what comes out
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / 'small'
@@ -107,7 +111,7 @@ def test_validate(digits_folder, capsys):
                    '24'])
     lines = [re.split(r' *\| *', line)[1:-1] for line in capsys.readouterr().out.splitlines()[4:]]
     assert [line[:2] for line in lines] == [
-        [str(name), size] for name in (digits_folder, checkpoint) for size in ('16', '24')]
+        [str(name), size] for name in (digits_folder, checkpoint) for size in ('16x16', '24x24')]
     assert lines[0][2:] == lines[2][2:] and lines[1][2:] == lines[3][2:] and lines[0][2:] != lines[1][2:]
     last = rows(digits_folder / 'summary.csv')[-1]
     assert [float(value) for value in lines[0][2:]] == pytest.approx(
@@ -126,6 +130,51 @@ def test_validate_prints_what_it_has_measured(digits_folder, tmp_path, capsys):
     assert [line['model'] for line in rows(tmp_path / 'x.csv')] == [str(digits_folder)]
 
 
+def test_validate_at_the_size_of_the_run(tmp_path, capsys):
+    main(['--dataset', 'digits', '--model', 'test_dresnet', '--num-classes', '10', '--in-chans', '1', '--input-size', '1',
+          '16', '24', '--epochs', '1', '--workers', '0', '--output', str(tmp_path), '--experiment', 'digits'])
+    last = rows(tmp_path / 'digits' / 'summary.csv')[-1]
+    capsys.readouterr()
+    models = [str(tmp_path / 'digits' / name) for name in ('', 'last.pth.tar')]
+    validate.main([*models, '--dataset', 'digits', '--workers', '0'])
+    for line in capsys.readouterr().out.splitlines()[4:]:
+        assert line.split(' | ')[1:3] == ['16x24', f'{float(last["eval_top1"]):.2f}']
+
+
+def test_validate_holds_classes_against_the_model(digits_folder, tmp_path, capsys):
+    images, targets = zip(*Digits('validation'))
+    chosen = [i for i, target in enumerate(targets) if target > 0]
+    for name in ('as trained', 'other names'):
+        for i in chosen:
+            folder = tmp_path / name / 'validation' / f'{"" if name == "as trained" else "digit "}{targets[i]}'
+            folder.mkdir(parents=True, exist_ok=True)
+            images[i].resize((16, 16), Image.Resampling.BICUBIC).save(folder / f'{i}.png')
+    classes = tmp_path / 'classes.txt'
+    classes.write_text('\n'.join(Digits.classes))
+
+    def measure(name, *args):
+        validate.main([str(digits_folder), '--data-dir', str(tmp_path / name), '--workers', '0', *args])
+        return float(capsys.readouterr().out.splitlines()[-1].split(' | ')[2])
+
+    with pytest.raises(SystemExit, match='class 1 has number 0 in the data set and 1 in the model.*--class-map'):
+        measure('as trained')
+    right = measure('as trained', '--class-map', str(classes))
+    assert right > 90 > measure('other names')
+
+
+def test_validate_counts_images_that_cannot_be_read(digits_folder, tmp_path, capsys):
+    for digit in range(10):
+        folder = tmp_path / 'validation' / str(digit)
+        folder.mkdir(parents=True)
+        for i in range(4):
+            Image.new('L', (16, 16), 20 * digit + i).save(folder / f'{i}.png')
+    (tmp_path / 'validation/3/1.png').write_bytes(b'')
+    validate.main([str(digits_folder), '--data-dir', str(tmp_path), '--workers', '0', '--bad-images', 'skip', '--csv',
+                   str(tmp_path / 'x.csv')])
+    assert 'On 39 images, 1 more cannot be read:' in capsys.readouterr().out
+    assert rows(tmp_path / 'x.csv')[0]['images'] == '39'
+
+
 def test_validate_weights_alone(digits_folder, tmp_path, capsys):
     arguments = ['--dataset', 'digits', '--workers', '0', '--img-size', '16']
     weights = str(digits_folder / 'model.safetensors')
@@ -138,9 +187,11 @@ def test_validate_weights_alone(digits_folder, tmp_path, capsys):
     validate.main([str(fused), '--arch', 'dresnet20_cifar', '--num-classes', '10', '--in-chans', '1', '--model-kwargs',
                    'inference_mode=True', *arguments])
     assert capsys.readouterr().out.splitlines()[-1].split('|')[3:5] == of_folder.split('|')[3:5]
+    cut_short = tmp_path / 'last.pth.tar'
+    cut_short.write_bytes((digits_folder / 'last.pth.tar').read_bytes()[:100_000])
     for args, word in (([weights], '--arch'), (['no_such_model'], 'no_such_model'),
                        (['plainnet18'], 'no folder, file or pretrained model plainnet18'),
-                       ([weights, '--arch', 'resnet20_cifar'], weights),
+                       ([weights, '--arch', 'resnet20_cifar'], weights), ([str(cut_short)], str(cut_short)),
                        ([str(digits_folder), '--val-split', 'test'], 'validation')):
         with pytest.raises(SystemExit) as error:
             validate.main([*args, *arguments])

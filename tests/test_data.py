@@ -3,17 +3,21 @@ import io
 import itertools
 import json
 import tarfile
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import create_transform
 
 from train.arguments import parse_args
 from train.data import BadImageError, Digits, class_names, count_bad_images, create_eval_loader, create_train_loader
+from train.engine import validate
 
-SIZE = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bicubic', crop_pct=1.)
+SIZE = dict(
+    input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bicubic', crop_pct=1., crop_mode='center')
 CPU = torch.device('cpu')
 
 
@@ -222,6 +226,32 @@ def test_bad_images_are_skipped_and_counted(args, bad_folder):
     with Image.open(sorted(folder.glob('train/*/*.png'))[101]) as image:
         expected = np.asarray(image.convert('RGB')).transpose(2, 0, 1) / 127.5 - 1
     assert np.allclose(images[copies[0]], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('args', [[], ['--workers', 1], ['--in-memory']], ids=str)
+@pytest.mark.parametrize('limit', [None, 150])
+def test_bad_images_are_left_out_of_validation(args, limit, bad_folder):
+    folder, bad = bad_folder
+    model = timm.create_model('test_adaresnet', num_classes=10)
+    args = arguments('--data-dir', folder, '--val-split', 'train', '--bad-images', 'skip', *args)
+
+    def measure(limit):
+        loader = create_eval_loader(args, SIZE, CPU)
+        loader.sampler.num_valid_samples = limit  # the others fill batches of several processes
+        return validate(model, loader, args, CPU, nullcontext), count_bad_images([loader], CPU, distributed=False)
+
+    measured, count = measure(limit)
+    assert count == 1
+    bad.unlink()
+    assert measured == pytest.approx(measure(limit and limit - 1)[0])
+
+
+def test_crop_mode_of_the_model(image_folder):
+    image = Image.effect_noise((24, 16), 60).convert('RGB')
+    for mode in ('center', 'squash', 'border'):
+        loader = create_eval_loader(arguments('--data-dir', image_folder), {**SIZE, 'crop_mode': mode}, CPU)
+        expected = create_transform(**{**SIZE, 'crop_mode': mode}, normalize=False)
+        assert torch.equal(loader.dataset.transform(image), expected(image)), mode
 
 
 @pytest.fixture(params=['sample', 'shard'])

@@ -179,7 +179,8 @@ def test_card_of_a_model_measured_at_several_sizes(digits_folder, tmp_path):
     folder = shutil.copytree(digits_folder, tmp_path / 'run')
     size = load_folder(folder).pretrained_cfg['input_size'][-1]
     (folder / 'validation.csv').write_text(
-        f'model,size,images,top1,top5,loss\nx,{size},360,71.5,99.5,0.5\nx,{2 * size},360,40.5,80.5,2.5\n')
+        f'model,size,images,top1,top5,loss\noutput/run,{size}x{size},360,71.5,99.5,0.5\n'
+        f'output/run,{2 * size}x{2 * size},360,40.5,80.5,2.5\noutput/run/last.pth.tar,{size}x{size},360,99.9,99.9,0.1\n')
     (tmp_path / 'new').mkdir()
     repository.build(repository.Job(folder, 'alice/model'), tmp_path / 'new')
     card = ModelCard.load(tmp_path / 'new/README.md')
@@ -362,7 +363,8 @@ def test_folder_may_change_meanwhile(alice, folders, tmp_path):
     (lambda folder: (folder / 'args.yaml').write_text('a: [1'), 'a damaged file of its run'),
     (lambda folder: (folder / 'args.yaml').write_text('model: x'), 'does not say batch_size, epochs, opt, seed'),
     (lambda folder: (folder / 'summary.csv').write_text('epoch,eval_top1\n0,50\n'), 'the record of the run in'),
-    (lambda folder: (folder / 'validation.csv').write_text('model\nx\n'), 'the record of the run in'),
+    (lambda folder: (folder / 'validation.csv').write_text('model\nrun\n'), 'the record of the run in'),
+    (lambda folder: (folder / 'validation.csv').write_text('model\nx\n'), 'validation.csv is not of'),
     (lambda folder: save_for_hf(not_finite(), folder, safe_serialization=True), 'not finite'),
     (lambda folder: save_for_hf(timm.create_model('test_dresnet', num_classes=0), folder, safe_serialization=True),
      'no classifier'),
@@ -424,7 +426,9 @@ def test_family_card_is_up_to_date():
 def test_package(digits_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(package, 'WEIGHTS', tmp_path / 'weights')
     monkeypatch.setattr(package, 'ZOO', tmp_path / 'zoo')
-    package.main([str(digits_folder), 'dresnet20_cifar.digits'])
+    folder = shutil.copytree(digits_folder, tmp_path / 'digits')
+    (folder / 'validation.csv').write_text('model,size\ndigits,16x16\n')  # of weights that are not rounded yet
+    package.main([str(folder), 'dresnet20_cifar.digits'])
     assert 'python -m train.validate dresnet20_cifar.digits --dataset digits --csv' in capsys.readouterr().out
     file = tmp_path / 'weights/dresnet20_cifar.digits.safetensors'
     assert json.loads((tmp_path / 'weights/manifest.json').read_text()) == {

@@ -29,6 +29,9 @@ from tqdm import tqdm
 _SPLITS = {*_TRAIN_SYNONYM, *_EVAL_SYNONYM, 'test'}
 
 
+UNREADABLE = -100  # class of what stands in for an image that could not be read
+
+
 class BadImageError(Exception):
     """An image cannot be read."""
 
@@ -68,21 +71,32 @@ class Digits(Dataset):
 class Images(Dataset):
     """Images by their number, where one that cannot be read is never passed over in silence.
 
+    It is replaced by the next one, in training with its class, otherwise with the class `UNREADABLE`.
+
     Attributes:
         transform: What is done to each image; set by timm's loader.
         bad: Which images could not be read so far, in memory that is shared with the loader's processes.
     """
 
-    def __init__(self, dataset: Dataset, mode: str, skip_bad: bool = False, in_memory: bool = False) -> None:
+    def __init__(
+            self,
+            dataset: Dataset,
+            mode: str,
+            is_training: bool = True,
+            skip_bad: bool = False,
+            in_memory: bool = False,
+    ) -> None:
         """
         Args:
             dataset: One of timm's, of torchvision's, or the digits.
             mode: Mode of the images, as in PIL.
-            skip_bad: Take the next image in place of one that cannot be read, instead of raising.
+            is_training: Whether images are trained on.
+            skip_bad: Replace images that cannot be read, instead of raising.
             in_memory: Decode all images now and keep them, in shared memory.
         """
         self.dataset = dataset
         self.mode = mode
+        self.is_training = is_training
         self.skip_bad = skip_bad
         self.transform = None
         self.bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
@@ -152,6 +166,8 @@ class Images(Dataset):
                 if not self.skip_bad:
                     raise
                 continue
+            if candidate != index and not self.is_training:
+                target = UNREADABLE
             return image if self.transform is None else self.transform(image), -1 if target is None else target
         raise BadImageError(f'None of the {len(self)} images can be read, the first is {self._name(0)}.')
 
@@ -394,7 +410,7 @@ def _create_images(args: argparse.Namespace, split: str, is_training: bool, in_c
         return dataset
     if not len(dataset):
         raise ValueError(f'there are no images in {args.data_dir} (split {split}).')
-    return Images(dataset, mode, skip_bad=args.bad_images == 'skip', in_memory=args.in_memory)
+    return Images(dataset, mode, is_training, skip_bad=args.bad_images == 'skip', in_memory=args.in_memory)
 
 
 def _unwrap(dataset: Dataset) -> Dataset:
@@ -428,15 +444,25 @@ def class_names(dataset: Dataset) -> Optional[List[str]]:
     return [str(name[0] if isinstance(name, tuple) else name) for name in names] if names else None
 
 
-def check_classes(dataset: Dataset, num_classes: int) -> None:
-    """Refuse a data set that has more classes than the model.
+def check_classes(dataset: Dataset, num_classes: int, label_names: Sequence[str] = ()) -> None:
+    """Refuse a data set that has more classes than the model, or some of the same name at other indices.
+
+    Args:
+        dataset: The data set.
+        num_classes: Number of classes of the model.
+        label_names: Their names, as far as they are known.
 
     Raises:
         ValueError: If it has.
     """
-    names = class_names(dataset)
-    if names and len(names) > num_classes:
+    names = class_names(dataset) or []
+    if len(names) > num_classes:
         raise ValueError(f'the data set has {len(names)} classes, the model {num_classes}: see --num-classes.')
+    for index, name in enumerate(names):
+        if name in label_names and label_names.index(name) != index:
+            raise ValueError(
+                f'the class {name} has number {index} in the data set and {label_names.index(name)} in the model: give '
+                'all of the model\'s, in its order, in a text file of one name on a line, by --class-map.')
 
 
 def _common(args: argparse.Namespace, data_config: Dict[str, Any], device: torch.device) -> Dict[str, Any]:
@@ -463,6 +489,7 @@ def create_eval_loader(args: argparse.Namespace, data_config: Dict[str, Any], de
         batch_size=args.validation_batch_size or args.batch_size,
         interpolation=data_config['interpolation'],
         crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
         distributed=args.distributed,
         persistent_workers=args.workers > 0,
         **_common(args, data_config, device),

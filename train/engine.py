@@ -16,7 +16,7 @@ from timm.task import ClassificationEvaluator, ClassificationTask, evaluation_sa
 from timm.utils import NativeScaler, dispatch_clip_grad, is_primary
 from tqdm import tqdm
 
-from .data import seed_everything
+from .data import UNREADABLE, seed_everything
 
 _logger = logging.getLogger('train')
 
@@ -84,7 +84,7 @@ def train_one_epoch(
         loss_scaler: Optional[NativeScaler],
         stop: Stop,
         save: Callable[[], None],
-) -> Dict[str, float]:
+) -> Dict[str, Optional[float]]:
     """Train for one epoch, or for what `task.progress` leaves of it.
 
     Args:
@@ -92,7 +92,7 @@ def train_one_epoch(
 
     Returns:
         Means over the epoch and all processes: ``loss``, ``top1`` accuracy in percent (on images as augmented; of mixed
-        ones, for the larger part), and ``images_per_second``.
+        ones, for the larger part), and ``images_per_second`` (None if nothing was left of it).
 
     Raises:
         FloatingPointError: If the loss is no longer finite.
@@ -105,7 +105,11 @@ def train_one_epoch(
     loader.loader.set_epoch(epoch, start)
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
         loader.mixup_enabled = False
-    task.get_trainable_module().train(not args.linear_probe)  # frozen layers keep their statistics
+    model = task.get_trainable_module().train()
+    for module in model.modules():  # frozen layers keep their statistics
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
     optimizer.zero_grad()
     second_order = getattr(optimizer, 'is_second_order', False)
 
@@ -181,7 +185,7 @@ def train_one_epoch(
     return dict(
         loss=total_loss / count,
         top1=100 * correct / count,
-        images_per_second=(count - first_images) / (time.perf_counter() - begin),
+        images_per_second=(count - first_images) / (time.perf_counter() - begin) if count > first_images else None,
     )
 
 
@@ -194,7 +198,7 @@ def validate(
         autocast: Callable[[], AbstractContextManager],
         stop: Optional[Stop] = None,
 ) -> Dict[str, float]:
-    """Measure a model, over all processes.
+    """Measure a model, over all processes, on the images that can be read.
 
     Returns:
         Cross-entropy ``loss``, and ``top1`` and ``top5`` accuracy in percent.
@@ -203,7 +207,8 @@ def validate(
         Stopped: If a signal has asked for it.
     """
     model.eval()
-    evaluator = ClassificationEvaluator(device, max_samples=evaluation_sample_limit(loader))
+    evaluator = ClassificationEvaluator(device)
+    left = evaluation_sample_limit(loader)  # without those that fill the batches of several processes
     for images, targets in tqdm(
             loader, 'validate', unit='batch', leave=False, disable=None if is_primary(args) else True):
         if stop is not None and stop.signal is not None:
@@ -212,5 +217,9 @@ def validate(
             images = images.contiguous(memory_format=torch.channels_last)
         with autocast():
             output = model(images)
-        evaluator.update(output, targets)
+        counted = targets != UNREADABLE
+        if left is not None:
+            counted[left:] = False
+            left = max(left - len(targets), 0)
+        evaluator.update(output[counted], targets[counted])
     return dict(evaluator.compute(distributed=args.distributed))

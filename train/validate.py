@@ -13,7 +13,7 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from timm_dresnet.untrusted import load_folder
 
 from .arguments import add_data_arguments, add_device_arguments, create_parser, positive
-from .data import BadImageError, check_classes, create_eval_loader
+from .data import BadImageError, check_classes, count_bad_images, create_eval_loader
 from .engine import validate
 from .tables import write_csv
 from .trainer import create_autocast, create_model, set_up_device
@@ -34,8 +34,7 @@ def load_model(name: str, args: argparse.Namespace) -> Tuple[torch.nn.Module, Di
         The model, and its input size and preprocessing.
 
     Raises:
-        OSError: If a file cannot be read.
-        ValueError: If there is no such model, or weights do not fit it.
+        ValueError: If there is no such model, it cannot be read, or weights do not fit it.
     """
     path = Path(name)
     try:
@@ -58,7 +57,7 @@ def load_model(name: str, args: argparse.Namespace) -> Tuple[torch.nn.Module, Di
         else:
             model = timm.create_model(
                 name, pretrained=True, num_classes=args.num_classes, **args.model_kwargs)
-    except RuntimeError as e:
+    except (OSError, RuntimeError) as e:
         raise ValueError(f'{name}: {e}') from e
     return model, resolve_input_data_config(model, use_test_size=True)
 
@@ -96,20 +95,23 @@ def main(argv: Optional[List[str]] = None) -> None:
             model.to(device)
             if args.channels_last:
                 model.to(memory_format=torch.channels_last)
-            for size in args.img_size or [data_config['input_size'][-1]]:
-                config = {**data_config, 'input_size': (data_config['input_size'][0], size, size)}
+            channels, *model_size = data_config['input_size']
+            for height, width in [(size, size) for size in args.img_size or ()] or [model_size]:
+                config = {**data_config, 'input_size': (channels, height, width)}
                 config['crop_pct'] = args.crop_pct or config['crop_pct']
                 loader = create_eval_loader(args, config, device)
-                check_classes(loader.dataset, model.num_classes)
+                check_classes(loader.dataset, model.num_classes, model.pretrained_cfg.get('label_names') or ())
                 metrics = validate(model, loader, args, device, create_autocast(args, device))
+                bad = count_bad_images([loader], device, args.distributed)
+                images, size = len(loader.dataset) - bad, f'{height}x{width}'
                 if is_primary(args):
                     if not rows:
-                        print(f'On {len(loader.dataset):,} images:\n')
+                        print(f'On {images:,} images{f", {bad:,} more cannot be read" if bad else ""}:\n')
                         print('| model | size | top-1, % | top-5, % | loss |')
                         print('| --- | --- | --- | --- | --- |')
                     accuracies = f'{metrics["top1"]:.2f} | {metrics["top5"]:.2f}'
                     print(f'| {name} | {size} | {accuracies} | {metrics["loss"]:.4f} |', flush=True)
-                rows.append(dict(model=name, size=size, images=len(loader.dataset), **metrics))
+                rows.append(dict(model=name, size=size, images=images, **metrics))
         if args.csv and is_primary(args):
             write_csv(args.csv, rows)
     except (OSError, ValueError, BadImageError) as e:
