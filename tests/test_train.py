@@ -14,14 +14,16 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_dresnet
+from timm_dresnet.files import replace
 from timm_dresnet.resnet import CIFAR10_MEAN
 from timm_dresnet.untrusted import load_folder
 from train import benchmark_loading, validate
 from train.__main__ import main
 from train.arguments import parse_args
-from train.checkpoints import newest
+from train.checkpoints import newest, open_folder
 from train.data import Digits
-from train.results import Log, save_results
+from train.results import Log, plot_curves, save_results
+from train.tables import write_epoch
 
 from conftest import ROOT
 
@@ -170,6 +172,14 @@ def test_linear_probe(digits_folder, tmp_path):
     assert {key for key in before if not torch.equal(before[key], after[key])} == {'fc.weight', 'fc.bias'}
 
 
+def test_dropout_before_the_classifier_of_a_linear_probe(tmp_path):
+    args = '--model', 'test_dresnet', '--linear-probe', '--epochs', 1, '--drop'
+    for drop in (0, 0.5):
+        train(tmp_path, *args, drop)
+    without, dropped = (load_file(tmp_path / name / 'model.safetensors') for name in ('digits', 'digits-1'))
+    assert {key for key in without if not torch.equal(without[key], dropped[key])} == {'fc.weight', 'fc.bias'}
+
+
 @pytest.mark.parametrize('option', ['--pretrained-path', '--initial-checkpoint'])
 def test_fine_tuning_starts_from_the_file(option, digits_folder, tmp_path):
     file = digits_folder / 'model.safetensors'
@@ -193,6 +203,51 @@ def test_names_of_other_weights_are_not_kept(digits_folder, tmp_path):
     text = (tmp_path / 'config.json').read_text()
     assert 'c10' not in text and 'airplane' not in text
     assert model.pretrained_cfg['tag'] == 'c10'
+
+
+@pytest.mark.parametrize('error,message', [
+    (PermissionError(13, 'Permission denied', 'x/summary.csv'),
+     'error: Permission denied: x/summary.csv. There is no checkpoint yet; mend this, and'),
+    (ConnectionError('the Hub is silent'), 'error: the Hub is silent. There is no'),
+])
+def test_what_could_not_be_written_or_read_is_named(error, message, tmp_path, monkeypatch):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(Log, 'epoch', fail)
+    with pytest.raises(SystemExit, match=message):
+        train(tmp_path, '--model', 'test_dresnet')
+
+
+def test_errors_of_every_process_are_told(monkeypatch):
+    def fail(args):
+        args.rank = 3
+        raise ValueError('there is no folder x.')
+
+    monkeypatch.setattr('train.__main__.Trainer', fail)
+    with pytest.raises(SystemExit, match='error: process 3: there is no folder x.'):
+        main([])
+
+
+def test_two_runs_of_a_name_begun_at_once(tmp_path, monkeypatch):
+    def too_late(new, path):
+        monkeypatch.undo()
+        assert open_folder(tmp_path, 'run', dict(seed=1)) == path
+        replace(new, path)
+
+    monkeypatch.setattr('train.checkpoints.replace', too_late)
+    assert open_folder(tmp_path, 'run', dict(seed=2)) == tmp_path / 'run-1'
+    assert {path.name for path in tmp_path.iterdir()} == {'run', 'run-1'}
+    assert yaml.safe_load((tmp_path / 'run/args.yaml').read_text()) == dict(seed=1)
+
+
+def test_curves_before_the_first_validation(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr('train.results.Figure.savefig', lambda figure, *args, **kwargs: figures.append(figure))
+    write_epoch(tmp_path / 'summary.csv', 0, [dict(train_loss=2., train_top1=30., lr=0.1)])
+    plot_curves(tmp_path / 'summary.csv', tmp_path / 'curves.png')
+    drawn = [[line.get_xydata().tolist() for line in axes.get_lines()] for axes in figures[0].axes]
+    assert drawn == [[[[1., 2.]]], [[[1., 30.]]]]
 
 
 def test_full_disk(tmp_path, monkeypatch):

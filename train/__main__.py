@@ -20,7 +20,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
 
     def fail(message: Any) -> NoReturn:
-        sys.exit(f'python -m train: error: {message}' if is_primary(args) else 1)
+        rank = getattr(args, 'rank', 0)
+        sys.exit(f'python -m train: error: {f"process {rank}: " if rank else ""}{message}')
 
     def last_good() -> str:
         path = newest(folder)
@@ -44,16 +45,17 @@ def main(argv: Optional[List[str]] = None) -> None:
     except BadImageError as e:
         # of one raised in another process, PyTorch gives the traceback as text
         reason = str(e).strip().splitlines()[-1].split('BadImageError: ')[-1]
-        sys.exit(f'python -m train: error: {reason} Mend or remove it, or add --bad-images skip.')
+        fail(f'{reason} Mend or remove it, or add --bad-images skip.')
     except FloatingPointError as e:
         fail(f'{e} {last_good()}.')
     except OSError as e:
-        fail(f'{e.strerror or e}. {last_good()}; make room, and the same command goes on.')
+        reason = f'{e.strerror}: {e.filename}' if e.filename else e.strerror or e
+        fail(f'{reason}. {last_good()}; mend this, and the same command goes on.')
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not is_worker_lost(e):
             raise
-        sys.exit(f'python -m train: error: {str(e).splitlines()[0].rstrip(". ")}. {last_good()}; the same command goes on, '
-                 'with fewer --workers if memory ran out.')
+        fail(f'{str(e).splitlines()[0].rstrip(". ")}. {last_good()}; the same command goes on, with fewer --workers if '
+             'memory ran out.')
 
     if is_primary(args):
         print(f"timm.create_model('local-dir:{folder}', pretrained=True) has a top-1 accuracy of "

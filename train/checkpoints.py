@@ -68,7 +68,13 @@ def open_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
     new = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.run-'))
     new.chmod(0o755)
     (new / 'args.yaml').write_text(text)
-    replace(new, folder)
+    try:
+        replace(new, folder)
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(new)  # another run of this name has begun at the same moment
+        return open_folder(output, name, recipe)
     return folder
 
 
@@ -131,8 +137,8 @@ class Checkpoints(CheckpointSaver):
                 raise
             free = shutil.disk_usage(Path(save_path).parent).free
             raise OSError(
-                errno.EIO, f'the checkpoint of epoch {epoch} could not be written, there are {free / 2 ** 20:.0f} MiB '
-                           f'free on its disk ({str(e).splitlines()[0]})') from e
+                f'the checkpoint of epoch {epoch} could not be written, there are {free / 2 ** 20:.0f} MiB free on its '
+                f'disk ({str(e).splitlines()[0]})') from e
 
     def _replace(self, src: str, dst: str) -> None:
         replace(Path(src), Path(dst))

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from timm.utils import setup_default_logging
 from timm_dresnet.files import beside
 
+from .arguments import create_parser
 from .benchmark import count_multiply_adds
 from .checkpoints import is_finished, open_folder
 from .engine import Stop
@@ -89,7 +90,7 @@ def summarize(name: str, folders: List[Path]) -> Dict[str, Any]:
     """A model's line of the table, over the seeds whose runs are finished."""
     histories = [read_csv(folder / 'summary.csv') for folder in folders]
     accuracies = [[float(row['eval_top1']) for row in rows if row['eval_top1']] for rows in histories]
-    speeds = [float(row['train_images_per_second']) for rows in histories for row in rows]
+    speeds = [float(row['train_images_per_second']) for rows in histories for row in rows if row['train_images_per_second']]
     model = timm.create_model(f'local-dir:{folders[0]}')
     best, last = [max(values) for values in accuracies], [values[-1] for values in accuracies]
     deviation: Callable[[List[float]], Optional[float]] = lambda v: statistics.stdev(v) if len(v) > 1 else None
@@ -186,7 +187,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     seeds = args.seeds or config['seeds']
 
     name = Path(args.config).stem + ('-smoke' if args.smoke else '')
-    folder = open_folder(Path(args.output), name, dict(models=models, seeds=seeds, others=others))
+    parser = create_parser()
+    given = vars(parser.parse_args(others, argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))))
+    given = {key: value for key, value in given.items() if value is not None}
+    folder = open_folder(Path(args.output), name, dict(models=models, seeds=seeds, **given))
     runs: Dict[str, List[Path]] = {}
     with Stop() as stop:
         for seed in seeds:  # all models of one seed first: a comparison that is stopped has something to compare
@@ -198,6 +202,9 @@ def main(argv: Optional[List[str]] = None) -> None:
                     path.write_text(yaml.safe_dump({**recipe, 'seed': seed}))
                     command = [sys.executable, '-m', 'train', *others, '--config', str(path)]
                     run([*command, '--output', str(folder), '--experiment', experiment], stop)
+                    if not is_finished(folder / experiment):
+                        sys.exit(f'python -m train.compare: error: {folder / experiment} is of another version of this '
+                                 'program: remove it, or name another --output.')
                 runs.setdefault(model, []).append(folder / experiment)
                 write_table([summarize(model, folders) for model, folders in runs.items()], folder)
                 draw(runs, folder)

@@ -40,7 +40,8 @@ def plot_curves(summary: Path, path: Path) -> None:
     ):
         for (column, label), style in zip(columns.items(), ('.-', '.--', '.:')):
             points = [(int(row['epoch']) + 1, float(row[column])) for row in rows if row.get(column)]
-            axes.plot(*zip(*points), style, label=label)
+            if points:
+                axes.plot(*zip(*points), style, label=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel='epoch')
         axes.grid(alpha=0.3)
@@ -89,7 +90,7 @@ class Log:
     def epoch(
             self,
             epoch: int,
-            train_metrics: Dict[str, float],
+            train_metrics: Dict[str, Optional[float]],
             eval_metrics: Dict[str, float],
             lr: float,
             model: nn.Module,
@@ -113,7 +114,8 @@ class Log:
             write_epoch(self.folder / 'connections.csv', epoch, timm_dresnet.connections(model))
         if self.tensorboard is not None:
             for key, value in row.items():
-                self.tensorboard.add_scalar(key.replace('_', '/', 1), value, epoch)
+                if value is not None:
+                    self.tensorboard.add_scalar(key.replace('_', '/', 1), value, epoch)
             self.tensorboard.flush()
         if self.wandb is not None:
             self.wandb.log(row, step=epoch)

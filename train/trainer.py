@@ -330,7 +330,7 @@ class Trainer:
     def _report(
             self,
             epoch: int,
-            train_metrics: Dict[str, float],
+            train_metrics: Dict[str, Optional[float]],
             eval_metrics: Dict[str, float],
             bad: Optional[int],
             left: float,
@@ -338,7 +338,8 @@ class Trainer:
         words = [f'epoch {epoch + 1:>3}/{self.num_epochs}', f'loss {train_metrics["loss"]:.4f}']
         if eval_metrics:
             words += [f'validation loss {eval_metrics["loss"]:.4f}', f'top-1 {eval_metrics["top1"]:.2f} %']
-        words.append(f'{train_metrics["images_per_second"]:.0f} images/s')
+        if train_metrics['images_per_second']:
+            words.append(f'{train_metrics["images_per_second"]:.0f} images/s')
         if bad is not None:
             words.append(f'{bad} bad images skipped')
         _logger.info('  '.join([*words, f'{timedelta(seconds=round(left))} left']))
