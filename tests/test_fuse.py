@@ -128,7 +128,7 @@ def test_export_onnx_compile_and_trace(name, tmp_path):
         expected = model(x)
     torch._dynamo.reset()
     assert_close(torch.compile(model, fullgraph=True, backend='aot_eager')(x), expected)
-    assert_close(torch.jit.trace(model, x, check_trace=False)(x), expected)
+    assert_close(torch.jit.trace(model, x)(x), expected)
     check_export_and_onnx(model, x, tmp_path / 'model.onnx')
 
 
@@ -182,6 +182,25 @@ def test_autocast(name, kwargs, layout):
         expected = model(x)
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize('name', ['test_dresnet', 'test_adaresnet'])
+def test_fused_in_training_mode(name):
+    model, x = create(name)
+    fused = reparameterize_model(model.train())
+    with pytest.raises(RuntimeError, match='fused model is for inference: call eval'):
+        fused(x)
+    assert_close(reparameterize_model(model.train()).eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize('name', ['test_dresnet', 'test_adaresnet'])
+def test_fused_and_frozen_in_a_network_that_is_trained(name):
+    model, x = create(name)
+    fused = reparameterize_model(model)
+    network = nn.Sequential(fused.requires_grad_(False), nn.Linear(5, 2, dtype=x.dtype)).train()
+    assert network[1].training and not any(module.training for module in fused.modules())
+    network(x).sum().backward()
+    assert_close(fused(x), model(x))
 
 
 def test_nothing_to_fuse():

@@ -49,6 +49,17 @@ def test_grown_model_is_its_resnet(family, depth, tmp_path):
 
 
 @pytest.mark.parametrize('arch', ['dresnet18', 'adaresnet18'])
+def test_grown_from_memory(arch):
+    resnet = trained('resnet18')
+    overlay = dict(state_dict=resnet.state_dict(), num_classes=1000)
+    model = timm.create_model(arch, pretrained=True, num_classes=1000, pretrained_cfg_overlay=overlay).eval()
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), resnet(x), rtol=1e-5, atol=1e-5)
+    assert 'state_dict' not in model.pretrained_cfg  # else the weights would stay, twice
+
+
+@pytest.mark.parametrize('arch', ['dresnet18', 'adaresnet18'])
 def test_grown_for_other_classes_and_channels(arch, tmp_path):
     save_file(trained('resnet18').state_dict(), tmp_path / 'resnet.safetensors')
     overlay = dict(file=str(tmp_path / 'resnet.safetensors'))

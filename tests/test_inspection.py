@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
+from timm.utils import ModelEmaV3
 
 import naive
 import timm_dresnet
@@ -56,6 +57,15 @@ def test_records_of_an_adaresnet():
     assert [r['kind'] for r in records] == ['identity'] * 2 + ['projection', 'identity'] * 3
     assert [r['alpha'] for r in records] == [0.25] * 2 + [-1., 0.25] * 3
     assert [r['target_name'] for r in records][:3] == ['layer1.0', 'layer1.1', 'layer2.0']
+
+
+@pytest.mark.parametrize('wrap', [
+    nn.DataParallel, ModelEmaV3, lambda model: torch.compile(ModelEmaV3(model)), torch.compile,
+], ids=['parallel', 'moving average', 'both', 'compiled'])
+@pytest.mark.parametrize('arch', ['test_dresnet', 'test_adaresnet'])
+def test_wrapped(arch, wrap):
+    model = timm.create_model(arch).eval()
+    assert timm_dresnet.connections(wrap(model), images()) == timm_dresnet.connections(model, images())
 
 
 def test_no_learned_connections():

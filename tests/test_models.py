@@ -278,7 +278,7 @@ def test_export_and_onnx(name, tmp_path):
 @pytest.mark.filterwarnings('ignore:`torch.jit:FutureWarning')
 def test_torchscript_trace(name):
     model = create(name).eval()
-    traced = torch.jit.trace(model, images(), check_trace=False)
+    traced = torch.jit.trace(model, images())
     assert_close(traced(images(batch=3)), model(images(batch=3)))
 
 

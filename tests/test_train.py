@@ -159,6 +159,8 @@ def test_classes_must_be_the_same(tmp_path):
 
 
 def test_more_outputs_than_classes(tmp_path):
+    with pytest.raises(SystemExit, match='the data set has 10 classes, the model 200: say --num-classes 10, or 200'):
+        main(['--dataset', 'digits', '--model', 'dresnet18', '--in-chans', '1', '--workers', '0', '--output', str(tmp_path)])
     folder = train(tmp_path, '--model', 'test_dresnet', '--num-classes', 12, '--epochs', 1)
     model = load_folder(folder)
     assert model.num_classes == 12 and model.pretrained_cfg.get('label_names') is None

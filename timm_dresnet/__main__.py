@@ -5,6 +5,7 @@ import difflib
 import fnmatch
 import io
 import json
+import logging
 import os
 import shutil
 import sys
@@ -262,6 +263,7 @@ def export_command(args: argparse.Namespace) -> None:
     if missing := [name for name in ('onnx', 'onnxscript') if find_spec(name) is None]:
         raise Failed(f'ONNX needs what is not installed, try: pip install {" ".join(missing)}')
     from timm.utils.onnx import onnx_export
+    logging.getLogger('onnxscript.optimizer').setLevel(logging.ERROR)  # it warns of each constant that it leaves
     fused = reparameterize_model(model)
 
     def write(folder: Path) -> None:

@@ -13,7 +13,9 @@ from timm.models import generate_default_cfgs, register_model
 from timm.utils import reparameterize_model
 
 from .pretrained import build_model_with_cfg, grown_cfgs
-from .resnet import BasicBlock, Bottleneck, ResNet, _c10_cfg, _cifar_cfg, fold_norms, is_batch_norm, scaled_batch_norm
+from .resnet import (
+    BasicBlock, Bottleneck, ResNet, _c10_cfg, _cifar_cfg, check_evaluated, fold_norms, is_batch_norm, scaled_batch_norm,
+)
 
 __all__ = ['AdaResNet']  # the model registry adds each entry point to this
 
@@ -106,6 +108,7 @@ class AdaBlock:
         """`branch(x) + alpha * shortcut(x)`, `[B, C, H, W]`."""
         if torch.jit.is_scripting():
             return self.skip_weight(self.branch(x), x if self.downsample is None else self.downsample(x))
+        check_evaluated(self)
         if self.downsample is not None:
             *layers, norm = self.downsample
             if not is_batch_norm(norm):

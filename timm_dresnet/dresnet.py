@@ -16,7 +16,7 @@ from timm.utils import reparameterize_model
 
 from .gated_connections import Connections, Flow, FusedConnections, StageFlow
 from .pretrained import build_model_with_cfg, grown_cfgs, packaged_classes, packaged_file
-from .resnet import ResNet, _c10_cfg, _cfg, _cifar_cfg, fold_norms
+from .resnet import ResNet, _c10_cfg, _cfg, _cifar_cfg, check_evaluated, fold_norms
 
 __all__ = ['DResNet']  # the model registry adds each entry point to this
 
@@ -38,6 +38,7 @@ class DResNetStage(nn.Sequential):
         Returns:
             Output of the last block, `[B, C', H', W']`.
         """
+        check_evaluated(self)
         for block in self:
             x = flow(x)
             x = checkpoint(block, x) if flow.grad_checkpointing else block(x)

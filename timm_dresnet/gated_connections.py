@@ -366,8 +366,9 @@ class Flow:
         chs = total.shape[1] // len(targets)
         parts = total.split([chs, total.shape[1] - chs], dim=1)
         self.pending = targets[1:], parts[1] if len(targets) > 1 else None
-        # a copy, or what is kept for the backward pass of its expansion would hold the sums for all
-        return parts[0].clone() if torch.is_grad_enabled() else parts[0]
+        # a copy, or what is kept for the backward pass of its expansion would hold the sums for all; the tracer checks
+        # without gradients what it has traced with them
+        return parts[0].clone() if torch.is_grad_enabled() or torch.jit.is_tracing() else parts[0]
 
 
 class StageConnections(nn.Module):

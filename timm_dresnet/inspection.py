@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import resnet
+from timm.utils import unwrap_model
 from timm.utils.model import avg_ch_var
 from torch.func import functional_call
 
@@ -89,7 +90,7 @@ def connections(model: nn.Module, images: Optional[torch.Tensor] = None) -> List
     """List the learned connections of a network.
 
     Args:
-        model: A DResNet or an AdaResNet.
+        model: A DResNet or an AdaResNet; compiled, in parallel or a moving average as well.
         images: Images to measure on, preprocessed, `[B, C, H, W]`.
 
     Returns:
@@ -109,6 +110,7 @@ def connections(model: nn.Module, images: Optional[torch.Tensor] = None) -> List
     """
     if images is not None and not len(images):
         raise ValueError('there is nothing to measure on: images is empty.')
+    model = unwrap_model(model)
     if not isinstance(model, (AdaResNet, DResNet)):
         raise ValueError(f'connections are learned in a DResNet or an AdaResNet, got a {type(model).__name__}.')
     if model.fused:

@@ -71,14 +71,13 @@ def build_model_with_cfg(
         RuntimeError: If they are missing or damaged.
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
-    filter_fn = pretrained_filter_fn
     if pretrained and not cfg.source and not cfg.state_dict and cfg.file == packaged_file(f'{variant}.{cfg.tag}'):
         weights = _load_packaged(f'{variant}.{cfg.tag}.safetensors')
         pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, state_dict=weights)
 
-        def filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-            del model.pretrained_cfg['state_dict']  # or the weights would stay with the model, twice
-            return pretrained_filter_fn(state_dict, model)
+    def filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+        model.pretrained_cfg.pop('state_dict', None)  # or the weights would stay with the model, twice
+        return pretrained_filter_fn(state_dict, model)
 
     return timm_build_model_with_cfg(
         model_cls,

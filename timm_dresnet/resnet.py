@@ -75,6 +75,19 @@ def scaled_batch_norm(norm: nn.BatchNorm2d, x: torch.Tensor, scale: torch.Tensor
     )
 
 
+def check_evaluated(stage: nn.Module) -> None:
+    """Refuse to run what was fused in training mode, where norms that are left would go by the batch.
+
+    Args:
+        stage: A stage or a block, with whether it is ``fused``.
+
+    Raises:
+        RuntimeError: If it was, and is still.
+    """
+    if stage.fused and stage.training:
+        raise RuntimeError('A fused model is for inference: call eval() on it, and that before it is fused.')
+
+
 class BasicBlock(resnet.BasicBlock):
     """timm's basic block, its residual branch apart from the shortcut."""
 
@@ -218,15 +231,17 @@ class ResNet(resnet.ResNet):
         self._created_with = args
 
     def train(self, mode: bool = True) -> 'ResNet':
-        """Set training or evaluation mode.
+        """Set training or evaluation mode. A fused model that is frozen stays in evaluation mode.
 
         Raises:
             RuntimeError: If the model has been fused and is to be trained.
         """
         if mode and self.fused:
-            raise RuntimeError(
-                'This model is fused for inference and cannot be trained: train the model that it was made from, and '
-                'fuse that again.')
+            if any(parameter.requires_grad for parameter in self.parameters()):
+                raise RuntimeError(
+                    'This model is fused for inference and cannot be trained: train the model that it was made from, '
+                    'and fuse that again, or freeze this one by requires_grad_(False).')
+            mode = False
         return super().train(mode)
 
     def forward_context(self) -> Any:

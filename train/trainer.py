@@ -188,6 +188,10 @@ class Trainer:
         for loader in (self.train_loader, self.eval_loader):
             check_classes(loader.dataset, model.num_classes)
         self.class_names = class_names(self.eval_loader.dataset)
+        if args.num_classes is None and self.class_names and len(self.class_names) < model.num_classes:
+            raise ValueError(
+                f'the data set has {len(self.class_names)} classes, the model {model.num_classes}: say --num-classes '
+                f'{len(self.class_names)}, or {model.num_classes} to train that.')
         trained_names = class_names(self.train_loader.dataset)
         if trained_names and self.class_names and trained_names != self.class_names:
             odd = sorted({*trained_names} ^ {*self.class_names}) or ['the same in another order']
