@@ -90,8 +90,9 @@ def test_pairs(monkeypatch, capsys):
     assert measured == [Pair('dresnet18', 'resnet18', 224, 8), Pair('adaresnet50', 'resnet50', 224, 8),
                         Pair('dresnet50', 'resnet50', 224, 8)]
     del measured[:]
-    benchmark.main(['--growth', '--img-size', '64', '--batch-size', '4'])
-    assert measured == [Pair(f'dresnet{depth}', f'resnet{depth}', 64, 4) for depth in (18, 34, 50, 101)] + [
+    benchmark.main(['--all', '--img-size', '64', '--batch-size', '4'])
+    assert measured == [Pair('adaresnet50', 'resnet50', 64, 4)] + [
+        Pair(f'dresnet{depth}', f'resnet{depth}', 64, 4) for depth in (18, 34, 50, 101)] + [
         Pair(f'dresnet{depth}_cifar', f'resnet{depth}_cifar', 32, 128) for depth in (20, 56)]
     assert all(timm.is_model(name) for pair in measured for name in pair[:2])
     assert 'resnet56_cifar' in capsys.readouterr().out
@@ -160,7 +161,7 @@ def test_multiply_adds():
     (['--models', 'test_dresnet', '--baseline', 'test_resnet', '--model-kwargs', 'gate=soft'], ["'soft'", 'sigmoid']),
     (['--models', 'test_dresnet', '--baseline', 'test_resnet', '--model-kwargs', 'gauss'], ['KEY=VALUE']),
     (['--models', 'test_dresnet'], ['--baseline']),
-    (['--models', 'test_dresnet', '--baseline', 'test_resnet', '--growth'], ['--growth']),
+    (['--models', 'test_dresnet', '--baseline', 'test_resnet', '--all'], ['--all']),
     (['--models', 'test_vit', '--baseline', 'test_resnet', '--img-size', '8'], ['test_vit', '(3, 8, 8)']),
     (['--rounds', '0'], ['--rounds']),
     (['--cuda-graphs'], ['--cuda-graphs', 'cpu']),

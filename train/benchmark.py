@@ -35,8 +35,8 @@ from .arguments import parse_args, positive
 from .trainer import create_model
 
 _PAIRS = [('dresnet18', 'resnet18'), ('adaresnet50', 'resnet50'), ('dresnet50', 'resnet50')]
-_GROWTH = [(f'dresnet{depth}', f'resnet{depth}') for depth in (18, 34, 50, 101)]
-_GROWTH_CIFAR = [(f'dresnet{depth}_cifar', f'resnet{depth}_cifar') for depth in (20, 56)]
+_ALL = [('adaresnet50', 'resnet50'), *((f'dresnet{depth}', f'resnet{depth}') for depth in (18, 34, 50, 101))]
+_ALL_CIFAR = [(f'dresnet{depth}_cifar', f'resnet{depth}_cifar') for depth in (20, 56)]
 _SAMPLE_SECONDS = 0.2  # calls that take less are repeated for so long in every round
 _COLUMNS = {  # what is measured: its heading, and how a value and the batch size are written for a baseline
     'parameters': ('parameters', lambda value, batch: f'{value:,}'),
@@ -343,9 +343,9 @@ def main(argv: Optional[List[str]] = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--models', nargs='+', metavar='NAME', help='architectures, any of timm.list_models()')
     parser.add_argument('--baseline', metavar='NAME', help='the architecture to compare them with')
-    parser.add_argument('--growth', action='store_true',
-                        help='DResNets of growing depth instead: 18 to 101 layers, and 20 and 56 in batches of 128 '
-                             'images of 32x32')
+    parser.add_argument('--all', action='store_true',
+                        help='besides these, DResNets of 34 and 101 layers, and of 20 and 56 in batches of 128 images of '
+                             '32x32')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
                         help='other arguments of the models, but not of the baseline, such as gate=gauss')
     parser.add_argument('--img-size', type=positive, default=224, metavar='N', help='image size')
@@ -368,8 +368,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     args.compile |= args.cuda_graphs
     if bool(args.models) != bool(args.baseline):
         parser.error('--models and --baseline need each other.')
-    if args.growth and args.models:
-        parser.error('--growth has models of its own: leave out either it or --models.')
+    if args.all and args.models:
+        parser.error('--all has models of its own: leave out either it or --models.')
     for path in filter(None, (args.json, args.md)):
         if not path.parent.is_dir() or path.is_dir():
             parser.error(f'{path} cannot be written: it must be a file in a folder that exists.')
@@ -389,12 +389,12 @@ def main(argv: Optional[List[str]] = None) -> None:
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # all variants share the code that is compiled for each of them
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
-    pairs = _GROWTH if args.growth else _PAIRS
+    pairs = _ALL if args.all else _PAIRS
     if args.models:
         pairs = [(model, args.baseline) for model in args.models]
     pairs = [Pair(*pair, args.img_size, args.batch_size) for pair in pairs]
-    if args.growth:
-        pairs += [Pair(*pair, 32, 128) for pair in _GROWTH_CIFAR]
+    if args.all:
+        pairs += [Pair(*pair, 32, 128) for pair in _ALL_CIFAR]
     command = shlex.join(['python', '-m', 'train.benchmark', *argv])
     report: Dict[str, Any] = dict(command=command, setup=describe(args, device), results=[])
     try:
