@@ -90,8 +90,8 @@ class Run:
                         rows += csv.DictReader(f)
         except (yaml.YAMLError, AttributeError, UnicodeDecodeError, csv.Error) as e:
             raise ValueError(f'{folder} holds a damaged file of its run: {" ".join(str(e).split())}') from e
-        names = {row['model'] for row in run.validation}
-        run.validation = [row for row in run.validation if Path(row['model']).name == folder.resolve().name]
+        names = {row.get('model') or 'nothing' for row in run.validation}
+        run.validation = [row for row in run.validation if Path(row.get('model') or '').name == folder.resolve().name]
         if names and not run.validation:
             raise ValueError(
                 f'{folder}/validation.csv is not of {folder}, but of {", ".join(sorted(names))}: measure {folder} with '

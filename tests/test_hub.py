@@ -365,6 +365,7 @@ def test_folder_may_change_meanwhile(alice, folders, tmp_path):
     (lambda folder: (folder / 'summary.csv').write_text('epoch,eval_top1\n0,50\n'), 'the record of the run in'),
     (lambda folder: (folder / 'validation.csv').write_text('model\nrun\n'), 'the record of the run in'),
     (lambda folder: (folder / 'validation.csv').write_text('model\nx\n'), 'validation.csv is not of'),
+    (lambda folder: (folder / 'validation.csv').write_text('size\n16\n'), 'validation.csv is not of'),
     (lambda folder: save_for_hf(not_finite(), folder, safe_serialization=True), 'not finite'),
     (lambda folder: save_for_hf(timm.create_model('test_dresnet', num_classes=0), folder, safe_serialization=True),
      'no classifier'),
