@@ -329,7 +329,7 @@ def dresnet20_cifar(pretrained: bool = False, **kwargs) -> DResNet:
 @register_model
 def dresnet56_cifar(pretrained: bool = False, **kwargs) -> DResNet:
     """DResNet-56 for CIFAR, three stages of 16, 32 and 64 channels, its connections low-rank."""
-    model_args = dict(block=BasicBlock, layers=(9, 9, 9), channels=(16, 32, 64), stem_type='cifar', connection_rank=4)
+    model_args = dict(block=BasicBlock, layers=(9, 9, 9), channels=(16, 32, 64), stem_type='cifar', connection_rank=8)
     return _create_dresnet('dresnet56_cifar', pretrained, **dict(model_args, **kwargs))
 
 
