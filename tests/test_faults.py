@@ -26,7 +26,7 @@ FAULTS = {  # exit status, and what is said
     'sigterm': (128 + signal.SIGTERM, 'Stopped. The same command goes on from '),
     'sigkill': (-signal.SIGKILL, ''),
     'full disk': (1, 'could not be written, there are '),
-    'killed worker': (1, 'error: DataLoader worker (pid'),
+    'killed worker': (1, 'error: DataLoader worker '),
     'vanished file': (1, '.png cannot be read '),
     'hanging worker': (1, 'timed out after 10 seconds. '),
     'nan': (1, 'The loss is nan at update '),

@@ -214,7 +214,9 @@ def test_weights_that_do_not_fit(folder, change, word):
     (dict(architecture='x' * 10_000), 'no architecture'), (dict(architecture='hf-hub:evil/model'), 'no architecture'),
     (dict(architecture='resnet18'), 'too few numbers'), (dict(architecture='test_adaresnet'), 'holds no model'),
     (dict(num_classes=10 ** 9), ''), (dict(num_classes=2 ** 70), 'num_classes'), (dict(num_classes=-1), 'num_classes'),
-    (dict(num_classes='4'), 'num_classes'), (dict(num_classes=5), 'label_names'),
+    (dict(num_classes='4'), 'num_classes'), (dict(num_classes=5), 'differ'),
+    (dict(model_args=dict(num_classes=5)), 'differ'), (dict(model_args=dict(num_classes=False)), 'differ'),
+    (dict(num_classes=5, model_args=dict(num_classes=5)), 'label_names'),
     (dict(label_names='abcd'), 'label_names'), (dict(label_names=[1, 2, 3, 4]), 'label_names'),
     (dict(label_names={'0': 'a', '3': 'd'}), 'loaded'), (dict(label_names={'x': 'a'}), 'label_names'),
     (dict(model_args=[]), 'model_args'), (dict(model_args=dict(checkpoint_path='/etc/passwd')), 'checkpoint_path'),
@@ -230,10 +232,9 @@ def test_weights_that_do_not_fit(folder, change, word):
 ], ids=str)
 def test_configs(folder, change, word):
     config = json.loads((folder / 'config.json').read_bytes())
-    if isinstance(change.get('pretrained_cfg'), dict):
-        change = dict(pretrained_cfg={**config['pretrained_cfg'], **change['pretrained_cfg']})
-    if isinstance(change.get('model_args'), dict):
-        change = dict(model_args={**config['model_args'], **change['model_args']})
+    for key in {'pretrained_cfg', 'model_args'} & set(change):
+        if isinstance(change[key], dict):
+            change = {**change, key: {**config[key], **change[key]}}
     (folder / 'config.json').write_text(json.dumps({**config, **change}))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = outcome(folder)

@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import signal
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -277,6 +278,25 @@ def test_full_disk(tmp_path, monkeypatch):
     monkeypatch.undo()
     folder = train(*args)
     assert len(list(csv.DictReader((folder / 'summary.csv').open()))) == 2
+
+
+@pytest.mark.parametrize('error,message', [
+    (EOFError(), 'DataLoader worker was killed. '),  # what multiprocessing raises if it happens during the hand-over
+    (ConnectionRefusedError(111, 'Connection refused'), 'DataLoader worker was killed. '),
+    (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '), 'worker (pid 7) is killed by signal: Killed. '),
+    (MemoryError(), 'memory ran out. '), (OSError(5, 'Input/output error', 'a.png'), 'Input/output error: a.png. '),
+], ids=repr)
+def test_errors_in_an_epoch(tmp_path, monkeypatch, error, message):
+    monkeypatch.setattr('train.trainer.train_one_epoch', Mock(side_effect=error))
+    with pytest.raises(SystemExit, match=f'{re.escape(message)}There is no checkpoint yet; .*the same command goes on'):
+        train(tmp_path, '--model', 'test_dresnet')
+
+
+@pytest.mark.parametrize('error', [EOFError('Caught EOFError in DataLoader worker process 0.'), RuntimeError('a defect')])
+def test_errors_of_the_code_keep_their_traceback(tmp_path, monkeypatch, error):
+    monkeypatch.setattr('train.trainer.train_one_epoch', Mock(side_effect=error))
+    with pytest.raises(type(error), match=str(error)):
+        train(tmp_path, '--model', 'test_dresnet')
 
 
 def test_the_newest_whole_checkpoint(digits_folder, tmp_path):

@@ -109,6 +109,8 @@ def _check_config(path: Path) -> Tuple[str, Dict[str, Any]]:
 
     classes = config.get('num_classes', cfg.get('num_classes', timm.get_pretrained_cfg(name).num_classes))
     check(type(classes) is int and 0 <= classes < 2 ** 31, 'num_classes is not a number of classes')
+    own_classes = model_args.get('num_classes', classes)  # timm would start another classifier from random numbers
+    check(type(own_classes) is int and own_classes == classes, 'num_classes and that of model_args differ')
     for key in ('input_size', 'test_input_size', 'min_input_size'):
         size = cfg.get(key)
         good = isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n <= _MAX_SIDE for n in size)

@@ -48,14 +48,16 @@ def main(argv: Optional[List[str]] = None) -> None:
         fail(f'{reason} Mend or remove it, or add --bad-images skip.')
     except FloatingPointError as e:
         fail(f'{e} {last_good()}.')
-    except OSError as e:
+    except MemoryError:
+        fail(f'memory ran out. {last_good()}; the same command goes on, with fewer --workers.')
+    except (EOFError, OSError, RuntimeError) as e:
+        if is_worker_lost(e):
+            reason = str(e).splitlines()[0].rstrip('. ') if isinstance(e, RuntimeError) else 'DataLoader worker was killed'
+            fail(f'{reason}. {last_good()}; the same command goes on, with fewer --workers if memory ran out.')
+        if not isinstance(e, OSError):
+            raise
         reason = f'{e.strerror}: {e.filename}' if e.filename else e.strerror or e
         fail(f'{reason}. {last_good()}; mend this, and the same command goes on.')
-    except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not is_worker_lost(e):
-            raise
-        fail(f'{str(e).splitlines()[0].rstrip(". ")}. {last_good()}; the same command goes on, with fewer --workers if '
-             'memory ran out.')
 
     if is_primary(args):
         print(f"timm.create_model('local-dir:{folder}', pretrained=True) has a top-1 accuracy of "

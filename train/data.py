@@ -351,8 +351,10 @@ def _guard_workers(loader: DataLoader, args: argparse.Namespace) -> None:
     loader.timeout = args.worker_timeout if args.workers else 0
 
 
-def is_worker_lost(error: RuntimeError) -> bool:
-    """Whether PyTorch says by it that a process that loads was killed or gives nothing; it may do so at any moment."""
+def is_worker_lost(error: Exception) -> bool:
+    """Whether it says that a process that loads was killed or gives nothing; PyTorch may do so at any moment."""
+    if isinstance(error, (EOFError, ConnectionRefusedError, ConnectionResetError)):  # while it handed over a batch
+        return not str(error).startswith('Caught ')  # the data set's own, raised in such a process
     return str(error).startswith(('DataLoader worker (pid', 'DataLoader timed out'))
 
 
