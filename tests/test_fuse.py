@@ -74,12 +74,13 @@ def test_channels_last(name):
     assert_same(lambda x: fused(x.to(**CHANNELS_LAST)), model, x, 1e-10)
 
 
-def test_one_convolution_for_each_target():
+def test_one_convolution_for_sources_at_hand():
     model = reparameterize_model(timm.create_model('dresnet18'))
-    convs = {i: conv for stage in model.connections.values() for i, conv in stage.convs.items()}
-    assert list(convs) == ['3', '4', '5', '6', '7', '8']
-    assert [conv.in_channels for conv in convs.values()] == [64, 128, 256, 384, 640, 896]
-    assert all(type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) for conv in convs.values())
+    projections = [projection for stage in model.connections.values() for projection in stage.projections.values()]
+    assert [(p.sources, p.targets) for p in projections] == [
+        ((1,), (3,)), ((1, 2), (4, 5)), ((3,), (5,)), ((1, 2, 3, 4), (6, 7)), ((5,), (7,)), ((1, 2, 3, 4, 5, 6), (8,))]
+    convs = [module for module in model.connections.modules() if not list(module.children())]
+    assert [conv.in_channels for conv in convs if type(conv) is nn.Conv2d] == [64, 128, 128, 384, 256, 896]
 
 
 @pytest.mark.parametrize('name', ['dresnet18', 'adaresnet18'])

@@ -149,7 +149,8 @@ def test_norm_layers_see_one_connection_at_a_time(norm_layer, training):
             half = naive.batch_norm(
                 half, projection.norm, slice(len(halves) * c, (len(halves) + 1) * c), training, [])
         halves.append(g * half)
-    torch.testing.assert_close(projection(y, gate), torch.cat(halves, dim=1), rtol=1e-9, atol=1e-9)
+    gates = gate.repeat_interleave(projection.out_chs)
+    torch.testing.assert_close(projection(y, gates), torch.cat(halves, dim=1), rtol=1e-9, atol=1e-9)
 
 
 def test_frozen_batch_norm_keeps_the_gate():

@@ -13,50 +13,10 @@ from timm.models import generate_default_cfgs, register_model
 from timm.utils import reparameterize_model
 
 from .pretrained import build_model_with_cfg, grown_cfgs
-from .resnet import (
-    BasicBlock, Bottleneck, ResNet, _c10_cfg, _cifar_cfg, check_evaluated, fold_norms, is_batch_norm, scaled_batch_norm,
-)
+from .folding import fold_norms
+from .resnet import BasicBlock, Bottleneck, ResNet, _c10_cfg, _cifar_cfg, check_evaluated
 
 __all__ = ['AdaResNet']  # the model registry adds each entry point to this
-
-
-def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Sum of products of `[B, C, H, W]`, which are not stored where both lie in memory alike."""
-    if a.is_contiguous() and b.is_contiguous():
-        return torch.dot(a.view(-1), b.view(-1))
-    a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-    if a.is_contiguous() and b.is_contiguous():
-        return torch.dot(a.view(-1), b.view(-1))
-    return (a * b).sum()
-
-
-class _Fork(torch.autograd.Function):
-    """The input of a block, for its branch and for `_Join`, which leaves it to this to scale its gradient."""
-
-    @staticmethod
-    def forward(ctx, x, alpha):
-        ctx.save_for_backward(alpha)
-        return x.view_as(x), x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, branch_grad, shortcut_grad):
-        alpha, = ctx.saved_tensors
-        return torch.addcmul(branch_grad, shortcut_grad, alpha), None
-
-
-class _Join(torch.autograd.Function):
-    """`branch + alpha * shortcut`, in place. `x` is what was forked: gradients of the gradient of alpha go there."""
-
-    @staticmethod
-    def forward(ctx, branch, shortcut, alpha, x):
-        ctx.save_for_backward(x)
-        ctx.mark_dirty(branch)
-        return branch.addcmul_(shortcut, alpha)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, = ctx.saved_tensors
-        return grad, grad, _dot(grad, x), None
 
 
 class SkipWeight(nn.Module):
@@ -64,7 +24,7 @@ class SkipWeight(nn.Module):
 
     def __init__(self, init: float = 0., device=None, dtype=None) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.full((), float(init), device=device, dtype=dtype))
+        self.alpha = nn.Parameter(torch.full((1,), float(init), device=device, dtype=dtype))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -106,24 +66,9 @@ class AdaBlock:
 
     def add_shortcut(self, x: torch.Tensor) -> torch.Tensor:
         """`branch(x) + alpha * shortcut(x)`, `[B, C, H, W]`."""
-        if torch.jit.is_scripting():
-            return self.skip_weight(self.branch(x), x if self.downsample is None else self.downsample(x))
-        check_evaluated(self)
-        if self.downsample is not None:
-            *layers, norm = self.downsample
-            if not is_batch_norm(norm):
-                return self.skip_weight(self.branch(x), self.downsample(x))
-            shortcut = x
-            for layer in layers:
-                shortcut = layer(shortcut)
-            return self.branch(x).add_(scaled_batch_norm(norm, shortcut, self.skip_weight.alpha))
-        traced = torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy)
-        if torch.is_grad_enabled() and not traced and not torch._C._are_functorch_transforms_active():
-            # a compiler saves these passes by itself
-            alpha = self.skip_weight.alpha.to(x.dtype)
-            forked, shortcut = _Fork.apply(x, alpha)
-            return _Join.apply(self.branch(forked), shortcut, alpha, x)
-        return self.skip_weight(self.branch(x), x)
+        if not torch.jit.is_scripting():
+            check_evaluated(self)
+        return self.skip_weight(self.branch(x), x if self.downsample is None else self.downsample(x))
 
 
 class AdaBasicBlock(AdaBlock, BasicBlock):

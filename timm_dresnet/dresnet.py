@@ -14,9 +14,10 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.utils import reparameterize_model
 
-from .gated_connections import Connections, Flow, FusedConnections, StageFlow
+from .connections import Connections, Flow
 from .pretrained import build_model_with_cfg, grown_cfgs, packaged_classes, packaged_file
-from .resnet import ResNet, _c10_cfg, _cfg, _cifar_cfg, check_evaluated, fold_norms
+from .folding import fold_norms
+from .resnet import ResNet, _c10_cfg, _cfg, _cifar_cfg, check_evaluated
 
 __all__ = ['DResNet']  # the model registry adds each entry point to this
 
@@ -39,9 +40,12 @@ class DResNetStage(nn.Sequential):
             Output of the last block, `[B, C', H', W']`.
         """
         check_evaluated(self)
-        for block in self:
-            x = flow(x)
+        for j, block in enumerate(self):
+            x = flow.receive(x)
             x = checkpoint(block, x) if flow.grad_checkpointing else block(x)
+            if j == 0:
+                flow.enter()
+            flow.send(x)
         return x
 
 
@@ -107,7 +111,6 @@ class DResNet(ResNet):
                 self.connections[name] = Connections(
                     source_chs,
                     {i: range(1, i - 1) for i in targets},
-                    first,
                     info['num_chs'],
                     gate=gate,
                     gate_init=gate_init,
@@ -145,7 +148,7 @@ class DResNet(ResNet):
         if missing:
             raise ValueError(f'there is no connection into block {min(missing)[0]} from block {min(missing)[1]}.')
         for name, connections in list(self.connections.items()):
-            if isinstance(connections, FusedConnections):
+            if connections.fused:
                 raise ValueError('connections cannot be removed from a fused network: prune it before it is fused.')
             connections.remove(set(pairs))
             if not connections.sources:
@@ -179,7 +182,7 @@ class DResNet(ResNet):
         blocks = sum(len(getattr(self, name)) for name in self.stage_names)
         for name, connections in list(self.connections.items()):
             if name in self.stage_names:
-                connections.truncate(blocks)
+                connections.remove({(i, k) for i, numbers in connections.sources.items() for k in numbers if i > blocks})
             if name not in self.stage_names or not connections.sources:
                 del self.connections[name]
         return take_indices
@@ -190,11 +193,10 @@ class DResNet(ResNet):
             'torch.export and torch.compile work.')
 
     def forward_context(self) -> Flow:
-        stages = []
-        for name in self.stage_names:
-            stage = getattr(self, name)
-            connections = self.connections[name] if name in self.connections else None
-            stages.append(StageFlow(len(stage), stage[0].stride > 1, connections))
+        stages = [
+            (self.connections[name] if name in self.connections else None, getattr(self, name)[0].stride > 1)
+            for name in self.stage_names
+        ]
         return Flow(stages, self.grad_checkpointing)
 
     def forward_stage(self, stage: nn.Module, x: torch.Tensor, context: Flow) -> torch.Tensor:

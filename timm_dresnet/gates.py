@@ -11,25 +11,11 @@ import torch.nn as nn
 __all__ = ['GATES', 'SigmoidGate', 'GaussGate', 'LinearGate', 'create_gate']
 
 
-def _check_open_unit_interval(gate: str, init: float, why: str) -> None:
-    if not 0. < init < 1.:
-        raise ValueError(f'gate_init must lie between 0 and 1, both excluded, for gate={gate!r} ({why}), got {init}.')
-
-
 class SigmoidGate(nn.Module):
     """F(w) = 1 / (1 + exp(-w))."""
 
     def __init__(self, size: int, init: float = 0.5, device=None, dtype=None) -> None:
-        """
-        Args:
-            size: Length of the weight array, one weight for each connection.
-            init: Gate value F(w) to start from.
-
-        Raises:
-            ValueError: If ``init`` is not a value of the gate.
-        """
         super().__init__()
-        _check_open_unit_interval('sigmoid', init, 'it has no other values')
         self.weight = nn.Parameter(torch.full((size,), math.log(init / (1. - init)), device=device, dtype=dtype))
 
     def forward(self) -> torch.Tensor:
@@ -38,26 +24,14 @@ class SigmoidGate(nn.Module):
 
 
 class GaussGate(nn.Module):
-    """F(w) = exp(-k w^2), with one trained sharpness k > 0 for the whole weight array.
-
-    k is kept positive by training its logarithm.
-    """
+    """F(w) = exp(-k w^2), with one trained sharpness k > 0 for the whole weight array, kept positive by its logarithm."""
 
     def __init__(self, size: int, init: float = 0.5, device=None, dtype=None) -> None:
-        """
-        Args:
-            size: Length of the weight array, one weight for each connection.
-            init: Gate value F(w) to start from.
-
-        Raises:
-            ValueError: If ``init`` is not a value of the gate, or is 1, where its slope is 0 and nothing would train.
-        """
         super().__init__()
-        _check_open_unit_interval('gauss', init, 'at 1 its slope is 0 and it would never train')
         sharpness = 10.  # the value its author drew it with
         weight = math.sqrt(-math.log(init) / sharpness)
         self.weight = nn.Parameter(torch.full((size,), weight, device=device, dtype=dtype))
-        self.log_sharpness = nn.Parameter(torch.full((), math.log(sharpness), device=device, dtype=dtype))
+        self.log_sharpness = nn.Parameter(torch.full((1,), math.log(sharpness), device=device, dtype=dtype))
 
     def forward(self) -> torch.Tensor:
         """Gate values, `[size]`."""
@@ -68,11 +42,6 @@ class LinearGate(nn.Module):
     """F(w) = w, unbounded. Its author advises against it; it is here to compare with."""
 
     def __init__(self, size: int, init: float = 0.5, device=None, dtype=None) -> None:
-        """
-        Args:
-            size: Length of the weight array, one weight for each connection.
-            init: Gate value F(w) to start from.
-        """
         super().__init__()
         # another name than that of weights which mean something else, so that those do not load here
         self.linear_weight = nn.Parameter(torch.full((size,), float(init), device=device, dtype=dtype))
@@ -95,8 +64,8 @@ def create_gate(gate: str, size: int, init: float = 0.5, device=None, dtype=None
 
     Args:
         gate: Name of the function, a key of `GATES`.
-        size: Length of the weight array.
-        init: Gate value to start from.
+        size: Length of the weight array, one weight for each connection.
+        init: Gate value F(w) to start from.
 
     Raises:
         ValueError: If ``gate`` is not one of the choices, or ``init`` not a value that it can start from.
@@ -105,4 +74,7 @@ def create_gate(gate: str, size: int, init: float = 0.5, device=None, dtype=None
         raise ValueError(f'gate_init must be a number, got {init!r}.')
     if gate not in GATES:
         raise ValueError(f"gate must be one of {', '.join(map(repr, GATES))}, got {gate!r}.")
+    why = dict(sigmoid='it has no other values', gauss='at 1 its slope is 0 and it would never train').get(gate)
+    if why and not 0. < init < 1.:
+        raise ValueError(f'gate_init must lie between 0 and 1, both excluded, for gate={gate!r} ({why}), got {init}.')
     return GATES[gate](size, init, device=device, dtype=dtype)

@@ -17,9 +17,9 @@ from timm.utils import unwrap_model
 from timm.utils.model import avg_ch_var
 from torch.func import functional_call
 
-from .adaresnet import AdaResNet
+from .adaresnet import AdaResNet, SkipWeight
 from .dresnet import DResNet
-from .gated_connections import Connections, Flow
+from .connections import Connections, Flow, Projection
 
 __all__ = ['connections', 'signal_propagation']
 
@@ -48,22 +48,23 @@ def _measure(part: torch.Tensor, whole: torch.Tensor) -> Dict[str, float]:
 
 def _measure_dresnet(model: DResNet, images: torch.Tensor) -> Dict[Tuple[int, int], Dict[str, float]]:
     """What each connection, (target, source), adds to its target's input."""
-    measures = {}
+    parts, measures = {}, {}
 
-    def hook(module: Connections, args: Tuple[torch.Tensor, Flow], x: torch.Tensor) -> None:
-        flow = args[1]
-        i = flow.block
-        for k in module.sources.get(i, ()):
-            projection = module.projections[str(k)]
-            part = projection(flow.source(k), flow.gates[k]).chunk(len(projection.targets), dim=1)
-            part = part[projection.targets.index(i)]
-            if module.expansions:
-                part = module.expansions[str(i)](part)
-            measures[i, k] = _measure(part, x)
+    def note(projection: Projection, args: Tuple[torch.Tensor, ...], x: torch.Tensor) -> None:
+        parts.update(((i, projection.sources[0]), part)
+                     for i, part in zip(projection.targets, x.chunk(len(projection.targets), dim=1)))
+
+    def measure(stage: Connections, args: Tuple[torch.Tensor, Flow], x: torch.Tensor) -> None:
+        i = args[1].block
+        for k in stage.sources.get(i, ()):
+            part = parts.pop((i, k))
+            measures[i, k] = _measure(stage.expansions[str(i)](part) if stage.expansions else part, x)
 
     with _eval_mode(model), ExitStack() as stack:
         for stage in model.connections.values():
-            stack.enter_context(stage.register_forward_hook(hook))
+            stack.enter_context(stage.register_forward_hook(measure))
+            for projection in stage.projections.values():
+                stack.enter_context(projection.register_forward_hook(note))
         model(images)
     return measures
 
@@ -71,16 +72,14 @@ def _measure_dresnet(model: DResNet, images: torch.Tensor) -> Dict[Tuple[int, in
 def _measure_adaresnet(model: AdaResNet, images: torch.Tensor) -> Dict[str, Dict[str, float]]:
     """What the shortcut of each block, by name, adds to its sum."""
     measures = {}
+    names = iter([name for name, _ in blocks(model)])
 
-    def hook(name: str):
-        def measure(block: nn.Module, args: Tuple[torch.Tensor]) -> None:
-            shortcut = args[0] if block.downsample is None else block.downsample(args[0])
-            measures[name] = _measure(block.skip_weight.alpha * shortcut, block.add_shortcut(args[0]))
-        return measure
+    def measure(skip_weight: SkipWeight, args: Tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> None:
+        measures[next(names)] = _measure(skip_weight.alpha * args[1], x)
 
     with _eval_mode(model), ExitStack() as stack:
-        for name, block in blocks(model):
-            stack.enter_context(block.register_forward_pre_hook(hook(name)))
+        for skip_weight in {block.skip_weight for _, block in blocks(model)}:  # which blocks may share
+            stack.enter_context(skip_weight.register_forward_hook(measure))
         model(images)
     return measures
 

@@ -7,12 +7,10 @@ from typing import Any, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model, resnet
 from timm.models._features import feature_take_indices
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .pretrained import packaged_file
 
@@ -21,58 +19,6 @@ __all__ = ['ResNet']  # the model registry adds each entry point to this
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
-
-
-def fold_norms(block: nn.Module) -> bool:
-    """Fold each batch norm of a residual block into the convolution before it, for inference.
-
-    Args:
-        block: A block of timm's ResNet, changed in place. Other norms stay as they are.
-
-    Returns:
-        Whether there was one.
-    """
-    folded = False
-    pairs = [(block, f'conv{i}', f'bn{i}') for i in (1, 2, 3)]
-    if block.downsample is not None:
-        last = len(block.downsample) - 1
-        pairs.append((block.downsample, str(last - 1), str(last)))
-    for module, conv_name, norm_name in pairs:
-        conv, norm = getattr(module, conv_name, None), getattr(module, norm_name, None)
-        if type(conv) is nn.Conv2d and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.track_running_stats:
-            conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-            setattr(module, norm_name, nn.Identity())
-            folded = True
-    return folded
-
-
-def is_batch_norm(norm: nn.Module) -> bool:
-    """Whether a norm is a plain batch norm, which can be scaled and folded."""
-    plain = type(norm) is nn.BatchNorm2d or type(norm) is nn.SyncBatchNorm and not norm.training
-    return plain and norm.affine and norm.track_running_stats and norm.momentum is not None
-
-
-def scaled_batch_norm(norm: nn.BatchNorm2d, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`scale * norm(x)`, by the steps of `BatchNorm2d.forward`, with the scale in its weight and bias.
-
-    Args:
-        norm: A batch norm for which `is_batch_norm` holds.
-        x: `[B, C, H, W]`
-        scale: `[C]` or a scalar.
-    """
-    if norm.training:
-        norm.num_batches_tracked.add_(1)
-    return F.batch_norm(
-        x,
-        norm.running_mean,
-        norm.running_var,
-        norm.weight * scale,
-        norm.bias * scale,
-        norm.training,
-        norm.momentum,
-        norm.eps,
-    )
 
 
 def check_evaluated(stage: nn.Module) -> None:
