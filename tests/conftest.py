@@ -19,11 +19,6 @@ HOME = tempfile.TemporaryDirectory(prefix='hf-home-')
 os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HOME.name, HF_HUB_DISABLE_XET='1')
 os.environ.pop('HF_TOKEN', None)
 
-import timm
-
-saves_arguments = pytest.mark.skipif(
-    not hasattr(timm.models, 'get_model_args'), reason='timm before 1.0.31 saves no arguments of a model by itself')
-
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):

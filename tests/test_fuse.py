@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
-from conftest import saves_arguments
 from test_maths import randomize
 from test_models import DEEPEST, MODELS, QUICK, assert_close, check_export_and_onnx
 
@@ -99,7 +98,6 @@ def test_a_copy_or_in_place(name):
     assert twice.fused and twice.state_dict().keys() == model.state_dict().keys()
 
 
-@saves_arguments
 @pytest.mark.parametrize('name,kwargs', [
     ('dresnet18', {}), ('dresnet50', dict(gate='gauss')), ('adaresnet18', dict(skip_weight='shared')),
     ('adaresnet50', {}), ('test_dresnet', dict(in_chans=1)),

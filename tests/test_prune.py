@@ -7,7 +7,6 @@ from timm.utils import reparameterize_model
 
 import naive
 import timm_dresnet
-from conftest import saves_arguments
 from test_maths import create
 from timm_dresnet import prune_connections
 
@@ -63,7 +62,6 @@ def test_same_function_as_with_gates_of_zero(name, kwargs, layout, training):
             torch.testing.assert_close(p.grad / scale, gradients[n] / scale, rtol=1e-9, atol=1e-9)
 
 
-@saves_arguments
 @pytest.mark.parametrize('name,kwargs', [
     ('dresnet18', {}), ('dresnet50', {}), ('dresnet18_gauss', dict(connection_rank=3)), ('test_dresnet', {}),
 ], ids=str)

@@ -12,8 +12,8 @@ import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
 from timm.utils import reparameterize_model
 
+from .folding import can_bypass, fold_norms
 from .pretrained import build_model_with_cfg, grown_cfgs
-from .folding import fold_norms
 from .resnet import BasicBlock, Bottleneck, ResNet, _c10_cfg, _cifar_cfg, check_evaluated
 
 __all__ = ['AdaResNet']  # the model registry adds each entry point to this
@@ -58,7 +58,7 @@ class AdaBlock:
         """Fold norms into convolutions, and with them the weight of a projection shortcut, for inference."""
         self.fused = fold_norms(self) or self.fused
         folded = self.downsample is not None and isinstance(self.downsample[-1], nn.Identity)
-        if folded and isinstance(self.skip_weight, SkipWeight):
+        if folded and can_bypass(self.skip_weight, SkipWeight):
             conv = self.downsample[-2]
             conv.weight.mul_(self.skip_weight.alpha)
             conv.bias.mul_(self.skip_weight.alpha)
@@ -68,7 +68,8 @@ class AdaBlock:
         """`branch(x) + alpha * shortcut(x)`, `[B, C, H, W]`."""
         if not torch.jit.is_scripting():
             check_evaluated(self)
-        return self.skip_weight(self.branch(x), x if self.downsample is None else self.downsample(x))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.skip_weight(self.branch(x), shortcut)
 
 
 class AdaBasicBlock(AdaBlock, BasicBlock):

@@ -12,7 +12,7 @@ Three things make this cheap without changing the function:
 * All targets of one source at one resolution share one convolution and one norm, their channels side by side.
 * Norms and gates fold into kernels, in training too, and the sources at hand share one convolution.
 """
-from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -23,7 +23,7 @@ from timm.models import checkpoint
 from .folding import can_bypass, can_fold, concat, fold_gated_norms, gated_norm
 from .gates import create_gate
 
-__all__ = ['Connections', 'Flow']
+__all__ = ['Connections', 'Flow', 'Projection']
 
 
 class SplitNorm(nn.ModuleList):
@@ -35,23 +35,14 @@ class SplitNorm(nn.ModuleList):
 
 
 class Projection(nn.Module):
-    """One source, brought to the shape of all its targets at one resolution and gated: `F(w) * norm(conv(y))`."""
+    """One source, brought to the shape of all its targets at one resolution and gated: `F(w) * norm(conv(y))`.
 
-    def __init__(
-            self,
-            source: int,
-            targets: Sequence[int],
-            in_chs: int,
-            out_chs: int,
-            norm_layer: LayerType,
-            device=None,
-            dtype=None,
-    ) -> None:
+    Fused, it is the convolution of several sources, whose channels come side by side.
+    """
+
+    def __init__(self, source: int, targets: Tuple[int, ...], in_chs: int, out_chs: int, norm_layer: LayerType, **dd) -> None:
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.sources: Tuple[int, ...] = (source,)  # more when fused
-        self.targets = tuple(targets)
-        self.out_chs = out_chs
+        self.sources, self.targets, self.out_chs = (source,), targets, out_chs
         self.conv = nn.Conv2d(in_chs, len(targets) * out_chs, 1, bias=False, **dd)
         nn.init.normal_(self.conv.weight, std=(2. / out_chs) ** 0.5)  # timm's init of one convolution for each target
         self.norm = norm_layer(len(targets) * out_chs, **dd)
@@ -63,14 +54,7 @@ class Projection(nn.Module):
         return can_bypass(self, Projection, y) and can_bypass(self.conv, nn.Conv2d, y) and can_fold(self.norm, y)
 
     def forward(self, y: torch.Tensor, gate: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """
-        Args:
-            y: Pooled source, `[B, in_chs, H, W]`. When fused, all sources, their channels side by side.
-            gate: Value of the gate of each channel, `[num_targets * out_chs]`. None when fused.
-
-        Returns:
-            `[B, num_targets * out_chs, H, W]`
-        """
+        """`[B, C, H, W]` to `[B, num_targets * out_chs, H, W]`, with a gate value for each channel unless fused."""
         x = self.conv(y)
         return x if gate is None else gated_norm(self.norm, x, gate)
 
@@ -80,21 +64,19 @@ class Projection(nn.Module):
         self.conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], 1, device='meta')
         self.conv.weight, self.conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
 
-    def keep(self, targets: Sequence[int]) -> None:
+    def keep(self, targets: Tuple[int, ...]) -> None:
         """Remove the channels of all other targets."""
-        kept = [self.targets.index(i) for i in targets]
-        self.targets = tuple(targets)
+        kept, self.targets = [self.targets.index(i) for i in targets], targets
         self.conv.out_channels = self.norm.num_features = len(targets) * self.out_chs
-        modules = [self.conv, self.norm]
-        if isinstance(self.norm, SplitNorm):
+        split = isinstance(self.norm, SplitNorm)
+        if split:
             self.norm = SplitNorm(self.norm[j] for j in kept)
-            del modules[1]
-        for module in modules:
+        for module in [self.conv] if split else [self.conv, self.norm]:
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
                 if tensor.ndim:
                     rows = tensor.detach().unflatten(0, (-1, self.out_chs))[kept].flatten(0, 1)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    setattr(module, name, nn.Parameter(rows, tensor.requires_grad) if is_parameter else rows)
+                    parameter = isinstance(tensor, nn.Parameter)
+                    setattr(module, name, nn.Parameter(rows, tensor.requires_grad) if parameter else rows)
 
 
 class Flow:
@@ -102,26 +84,21 @@ class Flow:
 
     Attributes:
         block: Number of the block at hand, i.
-        sources: By number, outputs of the blocks so far, at the resolution at hand.
-        sent: Those of them that the connections at hand have not seen yet.
-        gates: By target and source, gate values of the connections at hand.
-        sums: By target, what connections add to its input, so far.
+        sent: By number, outputs of blocks that the connections at hand have not seen yet, at their resolution.
+        later: By number, outputs of blocks that are needed in later stages, at the resolution of the next.
+        gates: By source, gate values of the connections at hand.
+        sums: By targets, whose channels lie side by side, what connections add to their inputs, so far.
     """
 
-    def __init__(self, stages: Sequence[Tuple[Optional[nn.Module], bool]], grad_checkpointing: bool = False) -> None:
+    def __init__(self, stages: Iterable[Tuple[Optional[nn.Module], bool]], grad_checkpointing: bool = False) -> None:
         """
         Args:
-            stages: For each stage, the connections to its shape, if there are any, and whether it halves the resolution.
+            stages: For each, the connections to its shape, if there are any, and whether it halves the resolution.
             grad_checkpointing: Compute activations again in the backward pass instead of storing them.
         """
-        self.stages = list(stages)
-        self.grad_checkpointing = grad_checkpointing
-        self.connections: Optional[nn.Module] = None
-        self.block = 0
-        self.sources: Dict[int, torch.Tensor] = {}
-        self.sent: Dict[int, torch.Tensor] = {}
-        self.gates: Dict[Tuple[int, int], torch.Tensor] = {}
-        self.sums: Dict[int, torch.Tensor] = {}
+        self.stages, self.grad_checkpointing = list(stages), grad_checkpointing
+        self.block, self.connections = 0, None
+        self.sent, self.later, self.gates, self.sums = {}, {}, {}, {}
 
     def receive(self, y: torch.Tensor) -> torch.Tensor:
         """The input of the next block, from the output of the block before, both `[B, C, H, W]`."""
@@ -130,18 +107,29 @@ class Flow:
 
     def enter(self) -> None:
         """Go on to the resolution of the next stage."""
-        needed = {k for connections, _ in self.stages if connections is not None for k in connections.targets}
-        self.connections, halved = self.stages.pop(0)
-        self.sources = {
-            # as a convolution of stride 2 does at every size, odd ones too
-            k: F.avg_pool2d(y, 2, ceil_mode=True, count_include_pad=False) if halved else y
-            for k, y in self.sources.items() if k in needed
-        }
-        self.sent, self.gates = dict(self.sources), {}
+        self.connections, _ = self.stages.pop(0)
+        sources, self.sent, self.later, self.gates = self.later, {}, {}, {}
+        for k, y in sources.items():
+            self.send(k, y)
 
-    def send(self, y: torch.Tensor) -> None:
-        """Note the output of the block at hand, `[B, C, H, W]`."""
-        self.sources[self.block] = self.sent[self.block] = y
+    def send(self, k: int, y: torch.Tensor) -> None:
+        """Send the output of block k on, `[B, C, H, W]`."""
+        self.sent[k] = y
+        if any(k in connections.targets for connections, _ in self.stages if connections is not None):
+            halved = self.stages[0][1]  # as a convolution of stride 2 does at every size, odd ones too
+            self.later[k] = F.avg_pool2d(y, 2, ceil_mode=True, count_include_pad=False) if halved else y
+
+    def take(self, chs: int) -> List[torch.Tensor]:
+        """What makes up the sum for the block at hand, the first of the targets to come, `[B, chs, H, W]` each."""
+        parts = []
+        for targets in [targets for targets in self.sums if targets[0] == self.block]:
+            x = self.sums.pop(targets)
+            if len(targets) > 1:
+                x, rest = x.split([chs, x.shape[1] - chs], dim=1)
+                known = self.sums.get(targets[1:])
+                self.sums[targets[1:]] = rest if known is None else known + rest
+            parts.append(x)
+        return parts
 
 
 class Connections(nn.Module):
@@ -162,8 +150,7 @@ class Connections(nn.Module):
             gate_init: Optional[float] = None,
             rank: Optional[int] = None,
             norm_layer: LayerType = nn.BatchNorm2d,
-            device=None,
-            dtype=None,
+            **dd,
     ) -> None:
         """
         Args:
@@ -175,20 +162,21 @@ class Connections(nn.Module):
             rank: Number of channels in which the connections into a block are summed, before a 1x1 convolution
                 expands the sum to ``out_chs``. None or 0 sums them in ``out_chs`` channels.
             norm_layer: Norm layer.
+            **dd: Device and dtype.
         """
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        self.sum_chs = rank or out_chs
         self._connect(sources)
         self.gates = nn.ModuleDict({
             str(i): create_gate(gate, len(numbers), 0.5 / len(numbers) if gate_init is None else gate_init, **dd)
-            for i, numbers in sources.items()
+            for i, numbers in self.sources.items()
         })
         self.projections = nn.ModuleDict({
-            str(k): Projection(k, targets, source_chs[k - 1], rank or out_chs, norm_layer, **dd)
+            str(k): Projection(k, targets, source_chs[k - 1], self.sum_chs, norm_layer, **dd)
             for k, targets in self.targets.items()
         })
         self.expansions = nn.ModuleDict()
-        for i in sources if rank else ():
+        for i in self.sources if rank else ():
             self.expansions[str(i)] = conv = nn.Conv2d(rank, out_chs, 1, bias=False, **dd)
             nn.init.normal_(conv.weight, std=rank ** -0.5)  # keeps the variance that the norms give the sum
 
@@ -197,22 +185,22 @@ class Connections(nn.Module):
         numbers = sorted({k for numbers in self.sources.values() for k in numbers})
         self.targets = {k: tuple(i for i in self.sources if k in self.sources[i]) for k in numbers}
 
-    def gate_values(self) -> Dict[Tuple[int, int], torch.Tensor]:
-        """F(w) of each connection, by target and source."""
+    def gate_values(self) -> Dict[int, torch.Tensor]:
+        """By source, the gate value of each channel that its projection puts out, `[num_targets * C]`."""
         values = {i: self.gates[str(i)]().unbind() for i in self.sources}
-        return {(i, k): values[i][j] for i, numbers in self.sources.items() for j, k in enumerate(numbers)}
+        pairs = [(i, k) for k, targets in self.targets.items() for i in targets]
+        gates = torch.stack([values[i][self.sources[i].index(k)] for i, k in pairs]).repeat_interleave(self.sum_chs)
+        gates = gates.split([len(targets) * self.sum_chs for targets in self.targets.values()])
+        return {k: gates[j] for j, k in enumerate(self.targets)}
 
     def groups(self, ys: Dict[int, Optional[torch.Tensor]]) -> List[Tuple[bool, List[Projection]]]:
-        """Whether they fold into one convolution, and projections of the sources in `ys` to the same targets."""
+        """Projections of the sources in `ys`, by their targets, and whether they fold into one convolution."""
         groups: Dict[Tuple[bool, Tuple[int, ...], bool], List[Projection]] = {}
-        for k in ys:
-            if k in self.targets:
-                projection = self.projections[str(k)]
-                # where the covariance of the input costs less than the norm of the output, or next to nothing
-                cheap = projection.conv.in_channels <= max(64, projection.conv.out_channels)
-                key = cheap and projection.can_fold(ys[k]), projection.targets, projection.norm.training
-                groups.setdefault(key, []).append(projection)
-        return [(key[0], group) for key, group in groups.items()]
+        for k, projection in ((k, self.projections[str(k)]) for k in ys if k in self.targets):
+            # where the covariance of the input costs less than the norm of the output, or next to nothing
+            folds = projection.can_fold(ys[k]) and projection.conv.in_channels <= max(64, projection.conv.out_channels)
+            groups.setdefault((folds, projection.targets, projection.norm.training), []).append(projection)
+        return [(folds, group) for (folds, *_), group in groups.items()]
 
     def project(self, flow: Flow) -> Iterator[Tuple[Tuple[int, ...], torch.Tensor]]:
         """Numbers of targets and what is to be added to the sums for them, `[B, num_targets * C, H, W]`."""
@@ -224,36 +212,34 @@ class Connections(nn.Module):
             return
         flow.gates = flow.gates or self.gate_values()
         for folds, projections in self.groups(ys):
-            gates = _expand_gates(projections, flow.gates)
-            sources = [ys[projection.sources[0]] for projection in projections]
+            args = [(ys[k], flow.gates[k]) for projection in projections for k in projection.sources]
             if folds:
+                sources, gates = zip(*args)
                 x = concat(sources)
-                yield projections[0].targets, F.conv2d(x, *_fold(projections, gates, x))
+                yield projections[0].targets, F.conv2d(x, *fold_gated_norms(projections, gates, x))
                 continue
-            gates = gates.unbind()
-            for j, projection in enumerate(projections):
-                args = sources[j], gates[j]
-                yield projection.targets, checkpoint(projection, *args) if flow.grad_checkpointing else projection(*args)
+            for projection, (y, gate) in zip(projections, args):
+                x = checkpoint(projection, y, gate) if flow.grad_checkpointing else projection(y, gate)
+                yield projection.targets, x
 
     def forward(self, y: torch.Tensor, flow: Flow) -> torch.Tensor:
-        """
-        Args:
-            y: Output of block i-1, `[B, C, H, W]`.
-            flow: The pass so far.
-
-        Returns:
-            Input of block i, `[B, C, H, W]`.
-        """
+        """Input of block i, from the output of block i-1, both `[B, C, H, W]`."""
         if flow.block not in self.sources:
             return y
+        parts = flow.take(self.sum_chs)
         for targets, x in self.project(flow):
-            parts = x.chunk(len(targets), dim=1)
-            for j, i in enumerate(targets):
-                flow.sums[i] = flow.sums[i] + parts[j] if i in flow.sums else parts[j]
-        x = flow.sums.pop(flow.block)
-        if self.expansions:  # of a copy, as a view would keep the sums for all targets for the backward pass
-            x = self.expansions[str(flow.block)](x.clone())
-        return y + x
+            if targets in flow.sums:
+                x += flow.sums.pop(targets)
+            flow.sums[targets] = x
+        first, *others = parts + flow.take(self.sum_chs)
+        # a copy, as a view would keep the sums for all targets for the backward pass of the expansion
+        x = first.clone() if self.expansions else y + first
+        for part in others:
+            x += part
+        if self.expansions:
+            x = self.expansions[str(flow.block)](x)
+            x += y
+        return x
 
     def remove(self, connections: Iterable[Tuple[int, int]]) -> None:
         """Remove connections, given as (target, source). When fused, all those of a target or none."""
@@ -279,29 +265,14 @@ class Connections(nn.Module):
         """Fold norms and gates into convolutions for inference, if all allow it: one for all sources at hand."""
         if self.fused or not all(projection.eval().can_fold() for projection in self.projections.values()):
             return
-        values, seen = self.gate_values(), set()
+        gates, seen = self.gate_values(), set()
         for i in sorted(self.sources):
             ys = {k: None for k in self.targets if k < i and k not in seen}
             seen.update(ys)
             for folds, projections in self.groups(ys):
                 for group in [projections] if folds else [[projection] for projection in projections]:
                     sources = [projection.sources[0] for projection in group]
-                    group[0].become(sources, *_fold(group, _expand_gates(group, values)))
+                    group[0].become(sources, *fold_gated_norms(group, [gates[k] for k in sources]))
                     for k in sources[1:]:
                         del self.projections[str(k)]
         self.gates, self.fused = nn.ModuleDict(), True
-
-
-def _expand_gates(projections: Sequence[Projection], values: Dict[Tuple[int, int], torch.Tensor]) -> torch.Tensor:
-    """Gate value of each channel of projections to the same targets, `[n, num_targets * out_chs]`."""
-    gates = torch.stack([values[i, projection.sources[0]] for projection in projections for i in projection.targets])
-    return gates.view(len(projections), -1).repeat_interleave(projections[0].out_chs, dim=1)
-
-
-def _fold(
-        projections: Sequence[Projection],
-        gates: torch.Tensor,
-        x: Optional[torch.Tensor] = None,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    convs, norms = ([getattr(projection, name) for projection in projections] for name in ('conv', 'norm'))
-    return fold_gated_norms(convs, norms, gates, x)

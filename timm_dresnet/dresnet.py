@@ -11,12 +11,13 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerType, get_norm_layer
 from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models._input import update_model_args
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.utils import reparameterize_model
 
 from .connections import Connections, Flow
-from .pretrained import build_model_with_cfg, grown_cfgs, packaged_classes, packaged_file
 from .folding import fold_norms
+from .pretrained import build_model_with_cfg, grown_cfgs, packaged_classes, packaged_file
 from .resnet import ResNet, _c10_cfg, _cfg, _cifar_cfg, check_evaluated
 
 __all__ = ['DResNet']  # the model registry adds each entry point to this
@@ -34,18 +35,18 @@ class DResNetStage(nn.Sequential):
         """
         Args:
             x: Output of the block before the first one here, `[B, C, H, W]`.
-            flow: Gives each block its input.
+            flow: What connections carry past the blocks.
 
         Returns:
             Output of the last block, `[B, C', H', W']`.
         """
         check_evaluated(self)
         for j, block in enumerate(self):
-            x = flow.receive(x)
+            x = flow.receive(x)  # x_i = y_{i-1} + what connections bring
             x = checkpoint(block, x) if flow.grad_checkpointing else block(x)
             if j == 0:
                 flow.enter()
-            flow.send(x)
+            flow.send(flow.block, x)
         return x
 
 
@@ -154,6 +155,7 @@ class DResNet(ResNet):
             if not connections.sources:
                 del self.connections[name]
         self.pruned_connections = sorted({*self.pruned_connections, *pairs})
+        update_model_args(self, pruned_connections=self.pruned_connections)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -182,7 +184,7 @@ class DResNet(ResNet):
         blocks = sum(len(getattr(self, name)) for name in self.stage_names)
         for name, connections in list(self.connections.items()):
             if name in self.stage_names:
-                connections.remove({(i, k) for i, numbers in connections.sources.items() for k in numbers if i > blocks})
+                connections.remove((i, k) for i, numbers in connections.sources.items() for k in numbers if i > blocks)
             if name not in self.stage_names or not connections.sources:
                 del self.connections[name]
         return take_indices

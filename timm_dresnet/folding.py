@@ -1,12 +1,12 @@
 """Batch norms folded into the convolutions before them: for inference, and in training where that is cheaper."""
 from contextlib import nullcontext
-from typing import Optional, Sequence, Tuple, Type
+from typing import Iterable, Optional, Sequence, Tuple, Type
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules.module import _has_any_global_hook
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 __all__ = ['can_bypass', 'can_fold', 'concat', 'fold_gated_norms', 'fold_norms', 'gated_norm']
 
@@ -30,10 +30,7 @@ def can_fold(norm: nn.Module, x: Optional[torch.Tensor] = None) -> bool:
 
 
 def fold_norms(block: nn.Module) -> bool:
-    """Fold each batch norm of a residual block into the convolution before it, for inference.
-
-    Args:
-        block: A block of timm's ResNet, changed in place. Other norms stay as they are.
+    """Fold the batch norms of one of timm's residual blocks into its convolutions, for inference, where that can be.
 
     Returns:
         Whether there was one.
@@ -46,8 +43,7 @@ def fold_norms(block: nn.Module) -> bool:
     for module, conv_name, norm_name in pairs:
         conv, norm = getattr(module, conv_name, None), getattr(module, norm_name, None)
         if conv is not None and can_bypass(conv, nn.Conv2d) and can_fold(norm.eval()):
-            conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+            setattr(module, conv_name, fuse_conv_bn_eval(conv.eval(), norm))
             setattr(module, norm_name, nn.Identity())
             folded = True
     return folded
@@ -59,9 +55,8 @@ def gated_norm(norm: nn.Module, x: torch.Tensor, gate: torch.Tensor) -> torch.Te
         return norm(x) * gate[:, None, None].to(x.dtype)
     if norm.training:
         norm.num_batches_tracked.add_(1)
-    weight, bias = norm.weight * gate, norm.bias * gate
-    return F.batch_norm(
-        x, norm.running_mean, norm.running_var, weight, bias, norm.training, norm.momentum or 0., norm.eps)
+    weight, bias, momentum = norm.weight * gate, norm.bias * gate, norm.momentum or 0.
+    return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, norm.training, momentum, norm.eps)
 
 
 def concat(tensors: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
@@ -70,46 +65,43 @@ def concat(tensors: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
 
 
 class _Moments(torch.autograd.Function):
-    """Mean and covariance of rows, `[N, C]`, in `dtype`. Only the rows are kept, and one product gives their gradient."""
+    """Mean of rows, `[N, C]`, and covariances of the groups of `chs` columns. Only the rows are kept for the gradient."""
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows, dtype):
+    def forward(rows, chs, dtype):
         mean = rows.mean(0, dtype=dtype)
         centred = rows - mean  # or large means would leave nothing of small variances
-        return mean, torch.addmm(mean, centred.t(), centred, beta=0, alpha=1 / len(rows))
+        parts = zip(mean.split(chs), centred.split(chs, dim=1))
+        return mean, *(torch.addmm(m, part.t(), part, beta=0, alpha=1 / len(rows)) for m, part in parts)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        ctx.chs = inputs[1]
         ctx.save_for_backward(inputs[0], output[0])
         ctx.save_for_forward(inputs[0], output[0])
 
     @staticmethod
-    def backward(ctx, mean_grad, cov_grad):
+    def backward(ctx, mean_grad, *cov_grads):
         rows, mean = ctx.saved_tensors
-        cov_grad = cov_grad + cov_grad.t()
-        row = torch.addmv(mean_grad, cov_grad, mean, alpha=-1).to(rows.dtype)
-        return torch.addmm(row, rows, cov_grad.to(rows.dtype), beta=1 / len(rows), alpha=1 / len(rows)), None
+        parts, grads, scale = (tensor.split(ctx.chs, dim=-1) for tensor in (rows, mean, mean_grad)), [], 1 / len(rows)
+        for part, m, grad, cov_grad in zip(*parts, cov_grads):
+            cov_grad = cov_grad + cov_grad.t()
+            row = torch.addmv(grad, cov_grad, m, alpha=-1).to(rows.dtype)
+            grads.append(torch.addmm(row, part, cov_grad.to(rows.dtype), beta=scale, alpha=scale))
+        return concat(grads), None, None
 
     @staticmethod
-    def jvp(ctx, tangent, _):
+    def jvp(ctx, tangent, *_):
         rows, mean = ctx.saved_tensors
-        product = (rows - mean).t() @ tangent.to(mean.dtype) / len(rows)
-        return tangent.mean(0, dtype=mean.dtype), product + product.t()
-
-
-def _moments(x: torch.Tensor, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Mean, `[C]`, and covariance, `[C, C]`, of `[B, C, H, W]` over images and positions."""
-    rows = x.permute(0, 2, 3, 1).flatten(0, 2)
-    if torch.compiler.is_compiling():  # torch.compile takes no function with a jvp, and finds a backward pass by itself
-        return _Moments.forward(rows, dtype)
-    return _Moments.apply(rows, dtype)
+        parts = zip((rows - mean).split(ctx.chs, dim=1), tangent.to(mean.dtype).split(ctx.chs, dim=1))
+        products = [part.t() @ t / len(rows) for part, t in parts]
+        return tangent.mean(0, dtype=mean.dtype), *(product + product.t() for product in products)
 
 
 def fold_gated_norms(
-        convs: Sequence[nn.Conv2d],
-        norms: Sequence[nn.BatchNorm2d],
-        gates: torch.Tensor,
+        modules: Sequence[nn.Module],
+        gates: Sequence[torch.Tensor],
         x: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Fold `sum_k gate_k * norm_k(conv_k(y_k))` into one convolution of all y_k, their channels side by side.
@@ -118,41 +110,40 @@ def fold_gated_norms(
     goes in training too, and what the norms would see is never made.
 
     Args:
-        convs: 1x1 convolutions without bias, from `C_k` channels to `C`.
-        norms: Their norms, for which `can_fold` holds, all in the same mode.
-        gates: `[n, C]`
+        modules: Each with a 1x1 convolution ``conv`` without bias, from `C_k` channels to `C`, and its ``norm``, for
+            which `can_fold` holds, all in the same mode.
+        gates: `[C]` each.
         x: In training, the y_k, `[B, sum(C_k), H, W]`.
 
     Returns:
         Its kernel, `[C, sum(C_k), 1, 1]`, and its bias, `[C]`.
     """
-    def of_norms(name: str) -> torch.Tensor:
-        return concat([getattr(norm, name)[None] for norm in norms], dim=0)
+    def rows(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+        return concat([tensor[None] for tensor in tensors], dim=0).to(dtype)
 
-    device = gates.device.type  # 'meta' has no autocast
-    with nullcontext() if device == 'meta' else torch.autocast(device, enabled=False):
-        dtype, training = torch.promote_types(gates.dtype, torch.float32), norms[0].training
-        chs = [conv.in_channels for conv in convs]
-        kernels = [conv.weight.flatten(1).to(dtype) for conv in convs]
-        kernel, gates = concat(kernels), gates.to(dtype)
+    norms, chs = [module.norm for module in modules], [module.conv.in_channels for module in modules]
+    training, device = norms[0].training, gates[0].device.type
+    with nullcontext() if device == 'meta' else torch.autocast(device, enabled=False):  # 'meta' has none
+        dtype = torch.promote_types(gates[0].dtype, torch.float32)
+        kernels = [module.conv.weight.flatten(1).to(dtype) for module in modules]
+        kernel, gate = concat(kernels), rows(gates)
         if training:
-            means, covs = zip(*(_moments(y, dtype) for y in x.split(chs, dim=1)))
+            # torch.compile takes no function with a jvp, and finds a backward pass by itself
+            moments = _Moments.forward if torch.compiler.is_compiling() else _Moments.apply
+            mean, *covs = moments(x.permute(0, 2, 3, 1).flatten(0, 2), chs, dtype)
             products = kernel * concat([k @ cov for k, cov in zip(kernels, covs)])
-            var = concat([part.sum(1)[None] for part in products.split(chs, dim=1)], dim=0)
+            var = rows(part.sum(1) for part in products.split(chs, dim=1))
+            mean = rows(k @ m for k, m in zip(kernels, mean.split(chs)))
             with torch.no_grad():
                 count = x.numel() / x.shape[1]
-                for norm, k, mean, v in zip(norms, kernels, means, (var * (count / (count - 1))).unbind()):
-                    norm.running_mean.lerp_((k @ mean).to(norm.running_mean.dtype), norm.momentum)
+                for norm, m, v in zip(norms, mean.unbind(), (var * (count / (count - 1))).unbind()):
+                    norm.running_mean.lerp_(m.to(norm.running_mean.dtype), norm.momentum)
                     norm.running_var.lerp_(v.to(norm.running_var.dtype), norm.momentum)
                     norm.num_batches_tracked.add_(1)
         else:
-            var = of_norms('running_var')
-        scale = gates * of_norms('weight') * torch.rsqrt(var + norms[0].eps)
+            mean, var = rows(norm.running_mean for norm in norms), rows(norm.running_var for norm in norms)
+        scale = gate * rows(norm.weight for norm in norms) * torch.rsqrt(var + norms[0].eps)
+        bias = (gate * rows(norm.bias for norm in norms) - mean * scale).sum(0)
         kernel = kernel * concat([s[:, None].expand(-1, c) for s, c in zip(scale.unbind(), chs)])
-        bias = gates * of_norms('bias')
-        if training:
-            bias = torch.addmv(bias.sum(0), kernel, concat(means, dim=0), alpha=-1)
-        else:
-            bias = (bias - of_norms('running_mean') * scale).sum(0)
-        dtype = convs[0].weight.dtype
+        dtype = modules[0].conv.weight.dtype
         return kernel[:, :, None, None].to(dtype), bias.to(dtype)

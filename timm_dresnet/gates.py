@@ -14,58 +14,54 @@ __all__ = ['GATES', 'SigmoidGate', 'GaussGate', 'LinearGate', 'create_gate']
 class SigmoidGate(nn.Module):
     """F(w) = 1 / (1 + exp(-w))."""
 
-    def __init__(self, size: int, init: float = 0.5, device=None, dtype=None) -> None:
+    def __init__(self, size: int, init: float = 0.5, **dd) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((size,), math.log(init / (1. - init)), device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.full((size,), math.log(init / (1. - init)), **dd))
 
     def forward(self) -> torch.Tensor:
-        """Gate values, `[size]`."""
         return self.weight.sigmoid()
 
 
 class GaussGate(nn.Module):
     """F(w) = exp(-k w^2), with one trained sharpness k > 0 for the whole weight array, kept positive by its logarithm."""
 
-    def __init__(self, size: int, init: float = 0.5, device=None, dtype=None) -> None:
+    def __init__(self, size: int, init: float = 0.5, sharpness: float = 10., **dd) -> None:
         super().__init__()
-        sharpness = 10.  # the value its author drew it with
-        weight = math.sqrt(-math.log(init) / sharpness)
-        self.weight = nn.Parameter(torch.full((size,), weight, device=device, dtype=dtype))
-        self.log_sharpness = nn.Parameter(torch.full((1,), math.log(sharpness), device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.full((size,), math.sqrt(-math.log(init) / sharpness), **dd))
+        self.log_sharpness = nn.Parameter(torch.full((1,), math.log(sharpness), **dd))  # its author drew it with k = 10
 
     def forward(self) -> torch.Tensor:
-        """Gate values, `[size]`."""
         return torch.exp(-self.log_sharpness.exp() * self.weight.square())
 
 
 class LinearGate(nn.Module):
     """F(w) = w, unbounded. Its author advises against it; it is here to compare with."""
 
-    def __init__(self, size: int, init: float = 0.5, device=None, dtype=None) -> None:
+    def __init__(self, size: int, init: float = 0.5, **dd) -> None:
         super().__init__()
         # another name than that of weights which mean something else, so that those do not load here
-        self.linear_weight = nn.Parameter(torch.full((size,), float(init), device=device, dtype=dtype))
+        self.linear_weight = nn.Parameter(torch.full((size,), float(init), **dd))
 
     @property
     def weight(self) -> torch.Tensor:
-        """w, `[size]`."""
         return self.linear_weight
 
     def forward(self) -> torch.Tensor:
-        """Gate values, `[size]`."""
         return self.linear_weight
 
 
 GATES = {'sigmoid': SigmoidGate, 'gauss': GaussGate, 'linear': LinearGate}
+_LIMITED = dict(sigmoid='it has no other values', gauss='at 1 its slope is 0 and it would never train')
 
 
-def create_gate(gate: str, size: int, init: float = 0.5, device=None, dtype=None) -> nn.Module:
-    """Create the gate function of one block's weight array.
+def create_gate(gate: str, size: int, init: float = 0.5, **dd) -> nn.Module:
+    """Create the gate function of one block's weight array, which returns gate values, `[size]`.
 
     Args:
         gate: Name of the function, a key of `GATES`.
         size: Length of the weight array, one weight for each connection.
         init: Gate value F(w) to start from.
+        **dd: Device and dtype.
 
     Raises:
         ValueError: If ``gate`` is not one of the choices, or ``init`` not a value that it can start from.
@@ -74,7 +70,7 @@ def create_gate(gate: str, size: int, init: float = 0.5, device=None, dtype=None
         raise ValueError(f'gate_init must be a number, got {init!r}.')
     if gate not in GATES:
         raise ValueError(f"gate must be one of {', '.join(map(repr, GATES))}, got {gate!r}.")
-    why = dict(sigmoid='it has no other values', gauss='at 1 its slope is 0 and it would never train').get(gate)
-    if why and not 0. < init < 1.:
-        raise ValueError(f'gate_init must lie between 0 and 1, both excluded, for gate={gate!r} ({why}), got {init}.')
-    return GATES[gate](size, init, device=device, dtype=dtype)
+    if gate in _LIMITED and not 0. < init < 1.:
+        raise ValueError(
+            f'gate_init must lie between 0 and 1, both excluded, for gate={gate!r} ({_LIMITED[gate]}), got {init}.')
+    return GATES[gate](size, init, **dd)

@@ -52,7 +52,7 @@ def _measure_dresnet(model: DResNet, images: torch.Tensor) -> Dict[Tuple[int, in
 
     def note(projection: Projection, args: Tuple[torch.Tensor, ...], x: torch.Tensor) -> None:
         parts.update(((i, projection.sources[0]), part)
-                     for i, part in zip(projection.targets, x.chunk(len(projection.targets), dim=1)))
+                     for i, part in zip(projection.targets, x.clone().chunk(len(projection.targets), dim=1)))
 
     def measure(stage: Connections, args: Tuple[torch.Tensor, Flow], x: torch.Tensor) -> None:
         i = args[1].block

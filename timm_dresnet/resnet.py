@@ -168,8 +168,6 @@ class ResNet(resnet.ResNet):
         args = dict(self.__dict__.get('_created_with', {}))
         if self.fused:
             args['inference_mode'] = True
-        if getattr(self, 'pruned_connections', None):
-            args['pruned_connections'] = self.pruned_connections
         return args
 
     @_model_args.setter

@@ -1,0 +1,306 @@
+"""Tools that work through the call of a module, on our models as on timm's resnet18."""
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils import parametrizations, prune
+
+from test_maths import randomize
+from test_models import assert_close, images
+from timm_dresnet.folding import fold_gated_norms
+
+MODELS = ['resnet18', 'dresnet18', 'dresnet20_cifar', 'dresnet56_cifar', 'adaresnet18']
+models = pytest.mark.parametrize('name', MODELS)
+
+
+def create(name, **kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **kwargs)
+    randomize(model)
+    return model
+
+
+def convolutions(model):
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+
+
+def check_gradients(model, x, names):
+    """That each of these parameters gets a finite gradient that is not 0."""
+    model(x).square().mean().backward()
+    parameters = dict(model.named_parameters())
+    assert names and not [n for n in names if not parameters[n].grad.isfinite().all() or not parameters[n].grad.any()]
+
+
+@models
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+def test_forward_hooks_fire_once(name, training):
+    """As Captum, torchinfo, profilers and feature extractors need it; and they change nothing."""
+    model = create(name).double().train(training)
+    x = images(batch=4, size=32).double()
+    expected = copy.deepcopy(model)(x)
+    leaves = [n for n, m in model.named_modules() if not list(m.children()) and not isinstance(m, (nn.ModuleDict, nn.Sequential))]
+    calls = dict.fromkeys(leaves, 0)
+    for n in calls:
+        model.get_submodule(n).register_forward_hook(
+            lambda module, args, output, n=n: calls.update({n: calls[n] + 1}))
+    torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+    assert set(calls.values()) == {1}
+
+
+@models
+def test_a_hook_on_one_module_counts(name):
+    """What it returns goes on through the network."""
+    model = create(name).eval()
+    x = images(size=32)
+    expected = model(x)
+    for n, module in model.named_modules():
+        if n.endswith(('.conv', '.norm', 'downsample.0', 'downsample.1', 'downsample', '.skip_weight')):
+            handle = module.register_forward_hook(lambda module, args, output: output + 1)
+            assert (model(x) - expected).abs().max() > 1e-6, n
+            handle.remove()
+    assert_close(model(x), expected)
+
+
+class LoRA(nn.Module):
+    """A frozen convolution with a trained low-rank addition, as peft has it."""
+
+    def __init__(self, conv, rank=2):
+        super().__init__()
+        self.conv = conv.requires_grad_(False)
+        self.down = nn.Conv2d(conv.in_channels, rank, conv.kernel_size, conv.stride, conv.padding, bias=False)
+        self.up = nn.Conv2d(rank, conv.out_channels, 1, bias=False)
+
+    def forward(self, x):
+        return self.conv(x) + self.up(self.down(x))
+
+    @torch.no_grad()
+    def merge(self):
+        self.conv.weight += torch.einsum('or,rihw->oihw', self.up.weight.flatten(1), self.down.weight)
+        return self.conv
+
+
+def replace(model, module_cls, make):
+    for name, module in [*model.named_modules()]:
+        if type(module) is module_cls:
+            parent, _, child = name.rpartition('.')
+            setattr(model.get_submodule(parent), child, make(module))
+
+
+@models
+def test_low_rank_adapters(name):
+    model = create(name)
+    x = images(batch=4, size=32)
+    replace(model, nn.Conv2d, LoRA)
+    check_gradients(model.train(), x, [n for n, _ in model.named_parameters() if n.endswith(('.down.weight', '.up.weight'))])
+    expected = model.eval()(x)
+    replace(model, LoRA, LoRA.merge)
+    assert_close(model(x), expected)
+
+
+@models
+def test_pruning_of_weights(name):
+    model = create(name).train()
+    x = images(batch=4, size=32)
+    parameters = [(module, 'weight') for _, module in convolutions(model)]
+    prune.global_unstructured(parameters, prune.L1Unstructured, amount=0.5)
+    for _ in range(2):  # steps
+        check_gradients(model, x, [f'{n}.weight_orig' for n, _ in convolutions(model)])
+    other = create(name).train()
+    prune.global_unstructured(
+        [(module, 'weight') for _, module in convolutions(other)], prune.L1Unstructured, amount=0.5)
+    randomize(other)
+    other.load_state_dict(model.state_dict())
+    assert_close(other.eval()(x), model.eval()(x))
+    for _, module in convolutions(model):
+        prune.remove(module, 'weight')
+    assert_close(model(x), other(x))
+
+
+@models
+@pytest.mark.parametrize('normalize', [
+    parametrizations.spectral_norm, parametrizations.weight_norm, nn.utils.spectral_norm], ids=lambda f: f.__module__)
+def test_reparametrized_weights(name, normalize):
+    model = create(name).train()
+    for _, module in convolutions(model):
+        normalize(module)
+    names = [n for n, _ in model.named_parameters() if n.endswith(('original', 'original1', 'weight_orig'))]
+    assert len(names) == len(convolutions(model))
+    check_gradients(model, images(batch=4, size=32), names)
+
+
+@models
+def test_forward_replaced_in_an_instance(name):
+    """As accelerate does for offloading."""
+    model = create(name).eval()
+    x = images(size=32)
+    expected = model(x)
+    weights = {}
+    for n, module in model.named_modules():
+        if list(module.parameters(recurse=False)):
+            weights[n] = {k: p.data for k, p in module.named_parameters(recurse=False)}
+            for k in weights[n]:
+                setattr(module, k, nn.Parameter(torch.empty_like(weights[n][k], device='meta')))
+
+            def forward(*args, module=module, weights=weights[n], forward=module.forward):
+                before = {k: getattr(module, k) for k in weights}
+                for k in weights:
+                    setattr(module, k, nn.Parameter(weights[k]))
+                output = forward(*args)
+                for k in weights:
+                    setattr(module, k, before[k])
+                return output
+            module.forward = forward
+    assert_close(model(x), expected)
+
+
+@models
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+def test_forward_mode_gradients(name, training):
+    model = create(name, dtype=torch.float64).train(training)
+    x, tangent = (torch.randn(4, 3, 32, 32, dtype=torch.float64) for _ in range(2))
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+
+    def forward(x):
+        buffers = {n: buffer.clone() for n, buffer in model.named_buffers()}
+        return torch.func.functional_call(model, {**parameters, **buffers}, x)
+
+    output, found = torch.func.jvp(forward, (x,), (tangent,))
+    weights = torch.randn_like(output)
+    gradient, = torch.func.vjp(forward, x)[1](weights)
+    torch.testing.assert_close((found * weights).sum(), (gradient * tangent).sum())
+
+
+@models
+def test_traced_by_fx_in_training(name):
+    """The graph follows the mode of its modules, as that of a ResNet does."""
+    model = create(name).train()
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+    x = images(batch=4, size=32)
+    assert_close(traced(x), model(x))
+    buffers = dict(model.named_buffers())
+    for n, buffer in traced.named_buffers():
+        torch.testing.assert_close(buffer, buffers[n], rtol=1e-4, atol=1e-4, msg=lambda m: f'{n}: {m}')
+    statistics = {n: buffer.clone() for n, buffer in traced.named_buffers()}
+    assert_close(traced.eval()(x), model.eval()(x))
+    assert all(torch.equal(buffer, statistics[n]) for n, buffer in traced.named_buffers())
+
+
+@models
+@pytest.mark.parametrize('convert', [
+    nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.freeze_batch_norm_2d,
+    lambda model: timm.layers.convert_splitbn_model(model, 2)], ids=['sync', 'frozen', 'split'])
+def test_converted_batch_norms(name, convert):
+    """Conversion reaches all, and what they have learned counts."""
+    model = create(name)
+    model(images(batch=8, size=32))
+    x = images(size=32)
+    expected = model.eval()(x)
+    count = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    converted = convert(copy.deepcopy(model)).eval()
+    assert sum(type(m) is nn.BatchNorm2d for m in converted.modules()) in (0, count)  # split ones hold plain ones
+    assert_close(converted(x), expected)
+
+
+@models
+def test_statistics_taken_again(name):
+    """As after stochastic weight averaging."""
+    model = create(name, dtype=torch.float64).train()
+    batches = [torch.randn(4, 3, 32, 32, dtype=torch.float64) for _ in range(2)]
+    reference = copy.deepcopy(model)
+    torch.optim.swa_utils.update_bn(batches, model)
+    means = []
+    for x in batches:
+        for m in reference.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.momentum = 1.
+        reference(x)
+        means.append([buffer.clone() for n, buffer in reference.named_buffers() if n.endswith(('mean', 'var'))])
+    found = [buffer for n, buffer in model.named_buffers() if n.endswith(('mean', 'var'))]
+    for buffer, first, second in zip(found, *means):
+        torch.testing.assert_close(buffer, (first + second) / 2)
+
+
+@pytest.fixture(scope='module')
+def one_process():
+    torch.distributed.init_process_group('gloo', rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@models
+@pytest.mark.parametrize('unit', ['whole', 'convolutions', 'leaves'])
+def test_sharding(name, unit, one_process):
+    from torch.distributed.fsdp import fully_shard
+    kwargs = dict(gate='gauss') if name.startswith('dresnet') else {}
+    model = create(name, **kwargs).train()
+    x = images(batch=4, size=32)
+    expected = copy.deepcopy(model)(x)
+    mesh = torch.distributed.init_device_mesh('cpu', (1,))
+    for module in [*model.modules()]:
+        if unit == 'convolutions' and isinstance(module, nn.Conv2d) or unit == 'leaves' and module is not model and list(
+                module.parameters(recurse=False)):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    output = model(x)
+    assert_close(output, expected)
+    output.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', ['dresnet18', 'dresnet20_cifar', 'adaresnet18', 'resnet18'])
+def test_scalars_have_a_dimension(name):
+    """The older FSDP takes no parameter without one."""
+    kwargs = dict(gate='gauss') if name.startswith('dresnet') else {}
+    assert all(p.ndim for p in create(name, **kwargs).parameters())
+
+
+def test_large_means():
+    """Variances of inputs whose mean is a thousand times their deviation."""
+    projection = timm.create_model('test_dresnet').connections['layer2'].projections['1']
+    x = 1000 + torch.randn(64, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def error(forward, dtype=torch.float32):
+        """Largest one against double precision, by convolution and norm as they are."""
+        expected = projection.double().norm(projection.conv(x.double()))
+        return (forward(projection.to(dtype), x.to(dtype)) - expected).abs().max()
+
+    def folded(projection, x):
+        gate = torch.ones(projection.conv.out_channels, dtype=x.dtype)
+        return F.conv2d(x, *fold_gated_norms([projection], [gate], x))
+
+    assert error(folded, torch.float64) < 1e-6
+    assert error(folded) < 2 * error(lambda projection, x: projection.norm(projection.conv(x))) < 0.02
+
+
+@pytest.mark.parametrize('name', ['dresnet20_cifar', *(
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ('resnet18', 'dresnet18', 'dresnet50', 'dresnet56_cifar', 'adaresnet18'))])
+def test_compiled_under_autocast(name):
+    """Three steps of training in bfloat16 are as far from those in float32 as eager ones are."""
+    torch.manual_seed(0)
+    start = timm.create_model(name, num_classes=5).to(memory_format=torch.channels_last)
+    x, target = images(batch=16).to(memory_format=torch.channels_last), torch.arange(16) % 5
+
+    def train(amp, compiled):
+        model = copy.deepcopy(start)
+        forward = torch.compile(model, fullgraph=True) if compiled else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        gradients, losses = [], []
+        for _ in range(3):
+            with torch.autocast('cpu', dtype=torch.bfloat16, enabled=amp):
+                loss = F.cross_entropy(forward(x).float(), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        return gradients[0], torch.tensor(losses)
+
+    torch._dynamo.reset()
+    expected, eager, compiled = train(False, False), train(True, False), train(True, True)
+    for exact, reference, found in zip(expected, eager, compiled):
+        assert found.isfinite().all()
+        assert (found - exact).norm() < 2 * (reference - exact).norm() + 0.01 * exact.norm()
