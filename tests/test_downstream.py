@@ -194,3 +194,43 @@ def test_int8_weights_in_torchao(name):
     expected = model(images())
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())  # of its linear layers
     assert F.cosine_similarity(model(images()), expected).min() > 0.999
+
+
+TOGETHER = pytest.mark.parametrize(
+    'name', ['resnet18', 'dresnet18', 'dresnet20_cifar', 'dresnet56_cifar', 'adaresnet18'])
+
+
+@TOGETHER
+def test_peft(name):
+    """Adapters on every convolution train, and merging them changes nothing."""
+    peft = pytest.importorskip('peft')
+    torch.manual_seed(0)
+    kwargs = dict(skip_init=1.) if name.startswith('ada') else {}  # from 0, what lies in a shortcut learns later
+    model = timm.create_model(name, num_classes=5, zero_init_last=False, **kwargs)
+    targets = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)]
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    F.cross_entropy(model.train()(images(4)), torch.arange(4)).backward()
+    adapters = {n: p for n, p in model.named_parameters() if '.lora_' in n}
+    assert len(adapters) == 2 * len(targets)
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in adapters.values())
+    expected = model.eval()(images())
+    torch.testing.assert_close(model.merge_and_unload()(images()), expected, rtol=1e-3, atol=1e-3)
+
+
+@TOGETHER
+@torch.no_grad()
+def test_offloading(name):
+    accelerate = pytest.importorskip('accelerate')
+    model = timm.create_model(name, num_classes=5).eval()
+    expected = model(images())
+    output = accelerate.cpu_offload(model, torch.device('cpu'))(images())
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['resnet18', *MODELS])
+def test_captum(name):
+    captum = pytest.importorskip('captum.attr')
+    model = timm.create_model(name, num_classes=5).eval()
+    for layer in ('layer2.0.downsample', 'layer2.0.bn2', 'layer4.1'):
+        activation = captum.LayerActivation(model, model.get_submodule(layer)).attribute(images())
+        assert activation.shape[0] == 2 and activation.isfinite().all()

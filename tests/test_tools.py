@@ -41,7 +41,8 @@ def test_forward_hooks_fire_once(name, training):
     model = create(name).double().train(training)
     x = images(batch=4, size=32).double()
     expected = copy.deepcopy(model)(x)
-    leaves = [n for n, m in model.named_modules() if not list(m.children()) and not isinstance(m, (nn.ModuleDict, nn.Sequential))]
+    empty = nn.ModuleDict, nn.Sequential
+    leaves = [n for n, m in model.named_modules() if not list(m.children()) and not isinstance(m, empty)]
     calls = dict.fromkeys(leaves, 0)
     for n in calls:
         model.get_submodule(n).register_forward_hook(
@@ -94,7 +95,8 @@ def test_low_rank_adapters(name):
     model = create(name)
     x = images(batch=4, size=32)
     replace(model, nn.Conv2d, LoRA)
-    check_gradients(model.train(), x, [n for n, _ in model.named_parameters() if n.endswith(('.down.weight', '.up.weight'))])
+    adapters = [n for n, _ in model.named_parameters() if n.endswith(('.down.weight', '.up.weight'))]
+    check_gradients(model.train(), x, adapters)
     expected = model.eval()(x)
     replace(model, LoRA, LoRA.merge)
     assert_close(model(x), expected)
@@ -137,21 +139,21 @@ def test_forward_replaced_in_an_instance(name):
     model = create(name).eval()
     x = images(size=32)
     expected = model(x)
-    weights = {}
-    for n, module in model.named_modules():
-        if list(module.parameters(recurse=False)):
-            weights[n] = {k: p.data for k, p in module.named_parameters(recurse=False)}
-            for k in weights[n]:
-                setattr(module, k, nn.Parameter(torch.empty_like(weights[n][k], device='meta')))
+    for module in [*model.modules()]:
+        weights = {k: p.data for k, p in module.named_parameters(recurse=False)}
+        if weights:
+            def offload(module=module, weights=weights):
+                for k, weight in weights.items():
+                    setattr(module, k, nn.Parameter(torch.empty_like(weight, device='meta')))
 
-            def forward(*args, module=module, weights=weights[n], forward=module.forward):
-                before = {k: getattr(module, k) for k in weights}
-                for k in weights:
-                    setattr(module, k, nn.Parameter(weights[k]))
+            def forward(*args, module=module, weights=weights, forward=module.forward, offload=offload):
+                for k, weight in weights.items():
+                    setattr(module, k, nn.Parameter(weight))
                 output = forward(*args)
-                for k in weights:
-                    setattr(module, k, before[k])
+                offload()
                 return output
+
+            offload()
             module.forward = forward
     assert_close(model(x), expected)
 
@@ -240,8 +242,8 @@ def test_sharding(name, unit, one_process):
     expected = copy.deepcopy(model)(x)
     mesh = torch.distributed.init_device_mesh('cpu', (1,))
     for module in [*model.modules()]:
-        if unit == 'convolutions' and isinstance(module, nn.Conv2d) or unit == 'leaves' and module is not model and list(
-                module.parameters(recurse=False)):
+        own = bool(list(module.parameters(recurse=False)))
+        if own and unit != 'whole' and (unit == 'leaves' or isinstance(module, nn.Conv2d)):
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     output = model(x)

@@ -12,7 +12,7 @@ Three things make this cheap without changing the function:
 * All targets of one source at one resolution share one convolution and one norm, their channels side by side.
 * Norms and gates fold into kernels, in training too, and the sources at hand share one convolution.
 """
-from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -40,7 +40,7 @@ class Projection(nn.Module):
     Fused, it is the convolution of several sources, whose channels come side by side.
     """
 
-    def __init__(self, source: int, targets: Tuple[int, ...], in_chs: int, out_chs: int, norm_layer: LayerType, **dd) -> None:
+    def __init__(self, source: int, targets: Tuple[int, ...], in_chs: int, out_chs: int, norm_layer: LayerType, **dd):
         super().__init__()
         self.sources, self.targets, self.out_chs = (source,), targets, out_chs
         self.conv = nn.Conv2d(in_chs, len(targets) * out_chs, 1, bias=False, **dd)
@@ -51,7 +51,8 @@ class Projection(nn.Module):
 
     def can_fold(self, y: Optional[torch.Tensor] = None) -> bool:
         """Whether norm and gate can fold into the convolution of y."""
-        return can_bypass(self, Projection, y) and can_bypass(self.conv, nn.Conv2d, y) and can_fold(self.norm, y)
+        plain = can_bypass(self, Projection, y) and can_bypass(self.conv, nn.Conv2d, y) and self.conv.bias is None
+        return plain and can_fold(self.norm, y)
 
     def forward(self, y: torch.Tensor, gate: Optional[torch.Tensor] = None) -> torch.Tensor:
         """`[B, C, H, W]` to `[B, num_targets * out_chs, H, W]`, with a gate value for each channel unless fused."""
@@ -103,7 +104,8 @@ class Flow:
     def receive(self, y: torch.Tensor) -> torch.Tensor:
         """The input of the next block, from the output of the block before, both `[B, C, H, W]`."""
         self.block += 1
-        return y if self.connections is None else self.connections(y, self)
+        connected = self.connections is not None and self.block in self.connections.sources
+        return self.connections(y, self) if connected else y
 
     def enter(self) -> None:
         """Go on to the resolution of the next stage."""
@@ -195,11 +197,12 @@ class Connections(nn.Module):
 
     def groups(self, ys: Dict[int, Optional[torch.Tensor]]) -> List[Tuple[bool, List[Projection]]]:
         """Projections of the sources in `ys`, by their targets, and whether they fold into one convolution."""
-        groups: Dict[Tuple[bool, Tuple[int, ...], bool], List[Projection]] = {}
+        groups: Dict[Tuple[Any, ...], List[Projection]] = {}
         for k, projection in ((k, self.projections[str(k)]) for k in ys if k in self.targets):
             # where the covariance of the input costs less than the norm of the output, or next to nothing
             folds = projection.can_fold(ys[k]) and projection.conv.in_channels <= max(64, projection.conv.out_channels)
-            groups.setdefault((folds, projection.targets, projection.norm.training), []).append(projection)
+            key = folds, projection.targets, projection.norm.training, getattr(projection.norm, 'eps', None)
+            groups.setdefault(key, []).append(projection)
         return [(folds, group) for (folds, *_), group in groups.items()]
 
     def project(self, flow: Flow) -> Iterator[Tuple[Tuple[int, ...], torch.Tensor]]:
@@ -224,8 +227,6 @@ class Connections(nn.Module):
 
     def forward(self, y: torch.Tensor, flow: Flow) -> torch.Tensor:
         """Input of block i, from the output of block i-1, both `[B, C, H, W]`."""
-        if flow.block not in self.sources:
-            return y
         parts = flow.take(self.sum_chs)
         for targets, x in self.project(flow):
             if targets in flow.sums:
@@ -236,10 +237,7 @@ class Connections(nn.Module):
         x = first.clone() if self.expansions else y + first
         for part in others:
             x += part
-        if self.expansions:
-            x = self.expansions[str(flow.block)](x)
-            x += y
-        return x
+        return y + self.expansions[str(flow.block)](x) if self.expansions else x
 
     def remove(self, connections: Iterable[Tuple[int, int]]) -> None:
         """Remove connections, given as (target, source). When fused, all those of a target or none."""
@@ -263,7 +261,8 @@ class Connections(nn.Module):
     @torch.no_grad()
     def reparameterize(self) -> None:
         """Fold norms and gates into convolutions for inference, if all allow it: one for all sources at hand."""
-        if self.fused or not all(projection.eval().can_fold() for projection in self.projections.values()):
+        self.eval()
+        if self.fused or not all(projection.can_fold() for projection in self.projections.values()):
             return
         gates, seen = self.gate_values(), set()
         for i in sorted(self.sources):

@@ -65,7 +65,7 @@ def concat(tensors: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
 
 
 class _Moments(torch.autograd.Function):
-    """Mean of rows, `[N, C]`, and covariances of the groups of `chs` columns. Only the rows are kept for the gradient."""
+    """Mean of rows, `[N, C]`, and covariance of each `chs` columns. Only the rows are kept for the gradient."""
     generate_vmap_rule = True
 
     @staticmethod

@@ -23,7 +23,7 @@ class SigmoidGate(nn.Module):
 
 
 class GaussGate(nn.Module):
-    """F(w) = exp(-k w^2), with one trained sharpness k > 0 for the whole weight array, kept positive by its logarithm."""
+    """F(w) = exp(-k w^2), with one trained k > 0 for the whole weight array, kept positive by its logarithm."""
 
     def __init__(self, size: int, init: float = 0.5, sharpness: float = 10., **dd) -> None:
         super().__init__()

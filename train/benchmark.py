@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from timm_dresnet.files import beside
-from timm_dresnet.resnet import fold_norms
+from timm_dresnet.folding import fold_norms
 
 from .arguments import parse_args, positive
 from .trainer import create_model
@@ -58,9 +58,7 @@ class Pair(NamedTuple):
 
 def count_multiply_adds(model: nn.Module, input_size: Sequence[int]) -> int:
     """Multiply-adds of convolutions and matrix products for one input of the given size, `[C, H, W]`."""
-    # the counter does not know products that are added in place, as in channels-last, and its hooks fail on parameters
-    # as outputs
-    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+    model = copy.deepcopy(model).eval().requires_grad_(False)  # the counter's hooks fail on parameters as outputs
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(torch.zeros(1, *input_size))
     return counter.get_total_flops() // 2
