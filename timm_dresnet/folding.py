@@ -50,13 +50,12 @@ def fold_norms(block: nn.Module) -> bool:
 
 
 def gated_norm(norm: nn.Module, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """`gate * norm(x)`, of `[B, C, H, W]` and `[C]`: by the weight and bias of a plain batch norm."""
-    if not can_fold(norm, x):
+    """`gate * norm(x)`, of `[B, C, H, W]` and `[C]`: in training by the weight and bias of a plain batch norm."""
+    if not norm.training or not can_fold(norm, x):
         return norm(x) * gate[:, None, None].to(x.dtype)
-    if norm.training:
-        norm.num_batches_tracked.add_(1)
-    weight, bias, momentum = norm.weight * gate, norm.bias * gate, norm.momentum or 0.
-    return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, norm.training, momentum, norm.eps)
+    norm.num_batches_tracked.add_(1)
+    weight, bias = norm.weight * gate, norm.bias * gate
+    return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, True, norm.momentum, norm.eps)
 
 
 def concat(tensors: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
