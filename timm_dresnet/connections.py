@@ -203,10 +203,10 @@ class Connections(nn.Module):
         """
         groups: Dict[Tuple[Any, ...], List[Projection]] = {}
         for k, projection in ((k, self.projections[str(k)]) for k in ys if k in self.targets):
-            # where the covariance of the input costs less than the norm of the output, or next to nothing; not in
-            # eval mode, whose outputs are to be those of what torch.fx traces to the last bit: there one can fuse
-            cheap = projection.conv.in_channels <= max(64, projection.conv.out_channels)
-            folds = projection.can_fold(ys[k]) and cheap and (projection.norm.training or ys[k] is None)
+            # not in eval mode, whose outputs are to be those of what torch.fx traces to the last bit: there one can fuse;
+            # and where the covariance of the input costs less than the norm of the output, or next to nothing
+            folds = (projection.norm.training or ys[k] is None) and projection.can_fold(ys[k]) \
+                and projection.conv.in_channels <= max(64, projection.conv.out_channels)
             key = folds, projection.targets, projection.norm.training, getattr(projection.norm, 'eps', None)
             groups.setdefault(key, []).append(projection)
         return [(folds, group) for (folds, *_), group in groups.items()]
