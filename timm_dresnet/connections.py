@@ -10,7 +10,7 @@ Three things make this cheap without changing the function:
 
 * Pooling commutes with a 1x1 convolution, so every source is pooled first, and once for all its targets.
 * All targets of one source at one resolution share one convolution and one norm, their channels side by side.
-* Norms and gates fold into kernels, in training too, and the sources at hand share one convolution.
+* In training and when fused, norms and gates fold into kernels, and the sources at hand share one convolution.
 """
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
@@ -203,8 +203,8 @@ class Connections(nn.Module):
         """
         groups: Dict[Tuple[Any, ...], List[Projection]] = {}
         for k, projection in ((k, self.projections[str(k)]) for k in ys if k in self.targets):
-            # not in eval mode, whose outputs are to be those of what torch.fx traces to the last bit: there one can fuse;
-            # and where the covariance of the input costs less than the norm of the output, or next to nothing
+            # not in eval mode, whose outputs equal those of a graph of torch.fx to the last bit (there one can fuse),
+            # and only where the covariance of the input costs less than the norm of the output, or next to nothing
             folds = (projection.norm.training or ys[k] is None) and projection.can_fold(ys[k]) \
                 and projection.conv.in_channels <= max(64, projection.conv.out_channels)
             key = folds, projection.targets, projection.norm.training, getattr(projection.norm, 'eps', None)

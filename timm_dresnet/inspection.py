@@ -18,8 +18,8 @@ from timm.utils.model import avg_ch_var
 from torch.func import functional_call
 
 from .adaresnet import AdaResNet, SkipWeight
-from .dresnet import DResNet
 from .connections import Connections, Flow, Projection
+from .dresnet import DResNet
 
 __all__ = ['connections', 'signal_propagation']
 
