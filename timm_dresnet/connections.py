@@ -1,10 +1,4 @@
-"""Learned connections: what each block of a DResNet takes from all earlier blocks.
-
-With the blocks numbered 1..n, `x_i` the input of block i and `y_i` its output, the connections into block i add
-
-    sum_{k=1}^{i-2} F(w_{i,k}) * C_{i,k}(y_k)        C_{i,k} = norm(conv1x1(pool(y_k)))
-
-to `y_{i-1}`. The gate multiplies after the norm, which would divide it away if it came before.
+"""Learned connections: what each block of a DResNet takes from all earlier blocks, by the equation in `DResNet`.
 
 Three things make this cheap without changing the function:
 
@@ -12,7 +6,7 @@ Three things make this cheap without changing the function:
 * All targets of one source at one resolution share one convolution and one norm, their channels side by side.
 * In training and when fused, norms and gates fold into kernels, and the sources at hand share one convolution.
 """
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -65,20 +59,6 @@ class Projection(nn.Module):
         self.conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], 1, device='meta')
         self.conv.weight, self.conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
 
-    def keep(self, targets: Tuple[int, ...]) -> None:
-        """Remove the channels of all other targets."""
-        kept, self.targets = [self.targets.index(i) for i in targets], targets
-        self.conv.out_channels = self.norm.num_features = len(targets) * self.out_chs
-        split = isinstance(self.norm, SplitNorm)
-        if split:
-            self.norm = SplitNorm(self.norm[j] for j in kept)
-        for module in [self.conv] if split else [self.conv, self.norm]:
-            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-                if tensor.ndim:
-                    rows = tensor.detach().unflatten(0, (-1, self.out_chs))[kept].flatten(0, 1)
-                    parameter = isinstance(tensor, nn.Parameter)
-                    setattr(module, name, nn.Parameter(rows, tensor.requires_grad) if parameter else rows)
-
 
 class Flow:
     """What one forward pass of a network carries from block to block.
@@ -121,6 +101,10 @@ class Flow:
             halved = self.stages[0][1]  # as a convolution of stride 2 does at every size, odd ones too
             self.later[k] = F.avg_pool2d(y, 2, ceil_mode=True, count_include_pad=False) if halved else y
 
+    def add(self, targets: Tuple[int, ...], x: torch.Tensor) -> None:
+        """Add `[B, num_targets * C, H, W]` to the sums for these targets."""
+        self.sums[targets] = self.sums[targets] + x if targets in self.sums else x
+
     def take(self, chs: int) -> List[torch.Tensor]:
         """What makes up the sum for the block at hand, the first of the targets to come, `[B, chs, H, W]` each."""
         parts = []
@@ -128,8 +112,7 @@ class Flow:
             x = self.sums.pop(targets)
             if len(targets) > 1:
                 x, rest = x.split([chs, x.shape[1] - chs], dim=1)
-                known = self.sums.get(targets[1:])
-                self.sums[targets[1:]] = rest if known is None else known + rest
+                self.add(targets[1:], rest)
             parts.append(x)
         return parts
 
@@ -163,12 +146,10 @@ class Connections(nn.Module):
             gate_init: Gate value to start from. None is 0.5 / n for the n gates of a target.
             rank: Number of channels in which the connections into a block are summed, before a 1x1 convolution
                 expands the sum to ``out_chs``. None or 0 sums them in ``out_chs`` channels.
-            norm_layer: Norm layer.
-            **dd: Device and dtype.
         """
         super().__init__()
         self.sum_chs = rank or out_chs
-        self._connect(sources)
+        self.connect(sources)
         self.gates = nn.ModuleDict({
             str(i): create_gate(gate, len(numbers), 0.5 / len(numbers) if gate_init is None else gate_init, **dd)
             for i, numbers in self.sources.items()
@@ -182,7 +163,8 @@ class Connections(nn.Module):
             self.expansions[str(i)] = conv = nn.Conv2d(rank, out_chs, 1, bias=False, **dd)
             nn.init.normal_(conv.weight, std=rank ** -0.5)  # keeps the variance that the norms give the sum
 
-    def _connect(self, sources: Dict[int, Sequence[int]]) -> None:
+    def connect(self, sources: Dict[int, Sequence[int]]) -> None:
+        """Set which target takes from which sources, without any change of modules."""
         self.sources = {i: tuple(numbers) for i, numbers in sources.items() if numbers}
         numbers = sorted({k for numbers in self.sources.values() for k in numbers})
         self.targets = {k: tuple(i for i in self.sources if k in self.sources[i]) for k in numbers}
@@ -196,73 +178,46 @@ class Connections(nn.Module):
         return {k: gates[j] for j, k in enumerate(self.targets)}
 
     def groups(self, ys: Dict[int, Optional[torch.Tensor]]) -> List[Tuple[bool, List[Projection]]]:
-        """Projections of sources, by their targets, and whether they fold into one convolution.
-
-        Args:
-            ys: The sources, or None for each, to fuse.
-        """
+        """Projections of sources, where they are None to be fused, that fold into one convolution, or else one each."""
         groups: Dict[Tuple[Any, ...], List[Projection]] = {}
         for k, projection in ((k, self.projections[str(k)]) for k in ys if k in self.targets):
             # not in eval mode, whose outputs equal those of a graph of torch.fx to the last bit (there one can fuse),
             # and only where the covariance of the input costs less than the norm of the output, or next to nothing
             folds = (projection.norm.training or ys[k] is None) and projection.can_fold(ys[k]) \
                 and projection.conv.in_channels <= max(64, projection.conv.out_channels)
-            key = folds, projection.targets, projection.norm.training, getattr(projection.norm, 'eps', None)
-            groups.setdefault(key, []).append(projection)
+            key = (projection.targets, projection.norm.training, projection.norm.eps) if folds else (k,)
+            groups.setdefault((folds, *key), []).append(projection)
         return [(folds, group) for (folds, *_), group in groups.items()]
 
-    def project(self, flow: Flow) -> Iterator[Tuple[Tuple[int, ...], torch.Tensor]]:
-        """Numbers of targets and what is to be added to the sums for them, `[B, num_targets * C, H, W]`."""
+    def project(self, flow: Flow) -> None:
+        """Add what sources that these connections have not seen yet bring to all their targets."""
         ys, flow.sent = flow.sent, {}
         if self.fused:
             for projection in self.projections.values():
                 if projection.sources[0] in ys:
-                    yield projection.targets, projection(concat([ys[k] for k in projection.sources]))
+                    flow.add(projection.targets, projection(concat([ys[k] for k in projection.sources])))
             return
         flow.gates = flow.gates or self.gate_values()
-        for folds, projections in self.groups(ys):
-            args = [(ys[k], flow.gates[k]) for projection in projections for k in projection.sources]
+        for folds, group in self.groups(ys):
+            sources = [ys[projection.sources[0]] for projection in group]
+            gates = [flow.gates[projection.sources[0]] for projection in group]
             if folds:
-                sources, gates = zip(*args)
-                x = concat(sources)
-                yield projections[0].targets, F.conv2d(x, *fold_gated_norms(projections, gates, x))
-                continue
-            for projection, (y, gate) in zip(projections, args):
+                y = concat(sources)
+                x = F.conv2d(y, *fold_gated_norms(group, gates, y))
+            else:
+                projection, y, gate = *group, *sources, *gates
                 x = checkpoint(projection, y, gate) if flow.grad_checkpointing else projection(y, gate)
-                yield projection.targets, x
+            flow.add(group[0].targets, x)
 
     def forward(self, y: torch.Tensor, flow: Flow) -> torch.Tensor:
         """Input of block i, from the output of block i-1, both `[B, C, H, W]`."""
-        parts = flow.take(self.sum_chs)
-        for targets, x in self.project(flow):
-            if targets in flow.sums:
-                x += flow.sums.pop(targets)
-            flow.sums[targets] = x
-        first, *others = parts + flow.take(self.sum_chs)
+        self.project(flow)
+        first, *others = flow.take(self.sum_chs)
         # a copy, as a view would keep the sums for all targets for the backward pass of the expansion
         x = first.clone() if self.expansions else y + first
         for part in others:
             x += part
         return y + self.expansions[str(flow.block)](x) if self.expansions else x
-
-    def remove(self, connections: Iterable[Tuple[int, int]]) -> None:
-        """Remove connections, given as (target, source). When fused, all those of a target or none."""
-        before, removed = self.sources, set(connections)
-        self._connect({i: [k for k in numbers if (i, k) not in removed] for i, numbers in before.items()})
-        for modules in (self.gates, self.expansions):
-            for i in [i for i in modules if int(i) not in self.sources]:
-                del modules[i]
-        for i, gate in self.gates.items():
-            kept = [before[int(i)].index(k) for k in self.sources[int(i)]]
-            for name, weight in list(gate.named_parameters()):
-                if name.endswith('weight'):
-                    setattr(gate, name, nn.Parameter(weight.detach()[kept], weight.requires_grad))
-        for name, projection in list(self.projections.items()):
-            targets = self.targets.get(projection.sources[0], ())
-            if not targets:
-                del self.projections[name]
-            elif targets != projection.targets:
-                projection.keep(targets)
 
     @torch.no_grad()
     def reparameterize(self) -> None:
@@ -274,10 +229,9 @@ class Connections(nn.Module):
         for i in sorted(self.sources):
             ys = {k: None for k in self.targets if k < i and k not in seen}
             seen.update(ys)
-            for folds, projections in self.groups(ys):
-                for group in [projections] if folds else [[projection] for projection in projections]:
-                    sources = [projection.sources[0] for projection in group]
-                    group[0].become(sources, *fold_gated_norms(group, [gates[k] for k in sources]))
-                    for k in sources[1:]:
-                        del self.projections[str(k)]
+            for _, group in self.groups(ys):
+                sources = [projection.sources[0] for projection in group]
+                group[0].become(sources, *fold_gated_norms(group, [gates[k] for k in sources]))
+                for k in sources[1:]:
+                    del self.projections[str(k)]
         self.gates, self.fused = nn.ModuleDict(), True

@@ -18,6 +18,7 @@ from timm.utils import reparameterize_model
 from .connections import Connections, Flow
 from .folding import fold_norms
 from .pretrained import build_model_with_cfg, grown_cfgs, packaged_classes, packaged_file
+from .pruning import remove_connections
 from .resnet import ResNet, _c10_cfg, _cfg, _cifar_cfg, check_evaluated
 
 __all__ = ['DResNet']  # the model registry adds each entry point to this
@@ -151,7 +152,7 @@ class DResNet(ResNet):
         for name, connections in list(self.connections.items()):
             if connections.fused:
                 raise ValueError('connections cannot be removed from a fused network: prune it before it is fused.')
-            connections.remove(set(pairs))
+            remove_connections(connections, pairs)
             if not connections.sources:
                 del self.connections[name]
         self.pruned_connections = sorted({*self.pruned_connections, *pairs})
@@ -184,7 +185,8 @@ class DResNet(ResNet):
         blocks = sum(len(getattr(self, name)) for name in self.stage_names)
         for name, connections in list(self.connections.items()):
             if name in self.stage_names:
-                connections.remove((i, k) for i, numbers in connections.sources.items() for k in numbers if i > blocks)
+                later = [(i, k) for i, numbers in connections.sources.items() for k in numbers if i > blocks]
+                remove_connections(connections, later)
             if name not in self.stage_names or not connections.sources:
                 del self.connections[name]
         return take_indices

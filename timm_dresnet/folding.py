@@ -30,11 +30,7 @@ def can_fold(norm: nn.Module, x: Optional[torch.Tensor] = None) -> bool:
 
 
 def fold_norms(block: nn.Module) -> bool:
-    """Fold the batch norms of one of timm's residual blocks into its convolutions, for inference, where that can be.
-
-    Returns:
-        Whether there was one.
-    """
+    """Fold batch norms of one of timm's residual blocks into convolutions, for inference, and say whether any did."""
     folded = False
     pairs = [(block, f'conv{i}', f'bn{i}') for i in (1, 2, 3)]
     if block.downsample is not None:

@@ -1,8 +1,4 @@
-"""The gate functions F of learned connections, each from a weight array to one value per connection.
-
-Proposed in `An improve on ResNet: Introduces dynamic connections` -
-https://github.com/Mao-chuan/An_improve_on_ResNet--Introduces_dynamic_connections
-"""
+"""The gate functions F of learned connections, each from a weight array to one value per connection."""
 import math
 
 import torch
@@ -61,16 +57,13 @@ def create_gate(gate: str, size: int, init: float = 0.5, **dd) -> nn.Module:
         gate: Name of the function, a key of `GATES`.
         size: Length of the weight array, one weight for each connection.
         init: Gate value F(w) to start from.
-        **dd: Device and dtype.
 
     Raises:
         ValueError: If ``gate`` is not one of the choices, or ``init`` not a value that it can start from.
     """
-    if not isinstance(init, (int, float)):
-        raise ValueError(f'gate_init must be a number, got {init!r}.')
     if gate not in GATES:
         raise ValueError(f"gate must be one of {', '.join(map(repr, GATES))}, got {gate!r}.")
-    if gate in _LIMITED and not 0. < init < 1.:
-        raise ValueError(
-            f'gate_init must lie between 0 and 1, both excluded, for gate={gate!r} ({_LIMITED[gate]}), got {init}.')
+    if not isinstance(init, (int, float)) or gate in _LIMITED and not 0. < init < 1.:
+        limits = f' between 0 and 1, both excluded, for gate={gate!r} ({_LIMITED[gate]})' if gate in _LIMITED else ''
+        raise ValueError(f'gate_init must be a number{limits}, got {init!r}.')
     return GATES[gate](size, init, **dd)

@@ -1,16 +1,52 @@
 """Taking out learned connections that do little, with their parameters and all that they compute."""
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
+import torch.nn as nn
 
-from .dresnet import DResNet
-from .inspection import connections
+from .connections import Connections, SplitNorm
 
 __all__ = ['prune_connections']
 
 
+def _keep_rows(module: nn.Module, kept: Sequence[int], size: int) -> None:
+    """Keep some of the parts of `size` entries that parameters and statistics of a module have side by side."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.ndim:
+            rows = tensor.detach().unflatten(0, (-1, size))[kept].flatten(0, 1)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            setattr(module, name, nn.Parameter(rows, tensor.requires_grad) if is_parameter else rows)
+
+
+def remove_connections(connections: Connections, pairs: Iterable[Tuple[int, int]]) -> None:
+    """Remove connections, given as (target, source) block numbers, with all that only they use."""
+    before, removed = connections.sources, set(pairs)
+    connections.connect({i: [k for k in numbers if (i, k) not in removed] for i, numbers in before.items()})
+    for modules in (connections.gates, connections.expansions):
+        for i in [i for i in modules if int(i) not in connections.sources]:
+            del modules[i]
+    for i, gate in connections.gates.items():
+        kept = [before[int(i)].index(k) for k in connections.sources[int(i)]]
+        for name, weight in list(gate.named_parameters()):
+            if name.endswith('weight'):
+                setattr(gate, name, nn.Parameter(weight.detach()[kept], weight.requires_grad))
+    for k, projection in list(connections.projections.items()):
+        targets = connections.targets.get(int(k), ())
+        if not targets:
+            del connections.projections[k]
+        elif targets != projection.targets:
+            kept, projection.targets = [projection.targets.index(i) for i in targets], targets
+            _keep_rows(projection.conv, kept, projection.out_chs)
+            if isinstance(projection.norm, SplitNorm):
+                projection.norm = SplitNorm(projection.norm[j] for j in kept)
+            else:
+                _keep_rows(projection.norm, kept, projection.out_chs)
+                projection.norm.num_features = len(targets) * projection.out_chs
+            projection.conv.out_channels = len(targets) * projection.out_chs
+
+
 def prune_connections(
-        model: DResNet,
+        model: nn.Module,
         min_gate: Optional[float] = None,
         min_effect: Optional[float] = None,
         keep: Optional[float] = None,
@@ -37,6 +73,9 @@ def prune_connections(
     Raises:
         ValueError: If the model is no DResNet with gates, or it is not clear what to remove.
     """
+    from .dresnet import DResNet  # these two import this module
+    from .inspection import connections
+
     if not isinstance(model, DResNet):
         raise ValueError(f'connections are pruned in a DResNet, got a {type(model).__name__}.')
     if sum(limit is not None for limit in (min_gate, min_effect, keep)) != 1:
