@@ -9,6 +9,7 @@ import torch.nn as nn
 import naive
 
 GATES = ['sigmoid', 'gauss', 'linear']
+CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 
 
 def randomize(model):
@@ -39,7 +40,7 @@ def assert_same_gradients(model, reference, output, expected):
             grad / scale, expected_grad / scale, rtol=1e-9, atol=1e-9, msg=lambda m: f'{name}: {m}')
 
 
-def check_dresnet(arch, gate, size, training, batch=2, layout=torch.contiguous_format, **kwargs):
+def check_dresnet(arch, gate, size, training, batch, layout, **kwargs):
     model = create(arch, gate=gate, **kwargs).train(training)
     reference = copy.deepcopy(model)
     x = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -57,35 +58,24 @@ def check_dresnet(arch, gate, size, training, batch=2, layout=torch.contiguous_f
 
 
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
-@pytest.mark.parametrize('size', [(32, 32), (65, 97), pytest.param((224, 224), marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize('gate', GATES)
-@pytest.mark.parametrize('arch', ['dresnet18', 'dresnet50'])
-def test_dresnet(arch, gate, size, training):
-    check_dresnet(arch, gate, size, training, batch=4 if size == (32, 32) else 2)
-
-
-@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
-@pytest.mark.parametrize('kwargs', [
-    dict(output_stride=16), dict(output_stride=8), dict(drop_path_rate=0.3), dict(connection_rank=5),
-    dict(avg_down=True), dict(act_layer='silu'),
+@pytest.mark.parametrize('arch,gate,size,layout,kwargs', [
+    *(case for gate, size, layout in (
+        ('sigmoid', (65, 97), CONTIGUOUS), ('gauss', (64, 96), CHANNELS_LAST), ('linear', (65, 97), CHANNELS_LAST))
+      for case in (
+        ('dresnet18', gate, size, layout, {}), ('dresnet50', gate, size, layout, {}),
+        ('dresnet18', gate, size, layout, dict(connection_rank=5)), ('dresnet20_cifar', gate, size, layout, {}))),
+    ('dresnet18', 'sigmoid', (65, 97), CHANNELS_LAST, dict(output_stride=8)),
+    ('dresnet50', 'sigmoid', (65, 97), CONTIGUOUS, dict(output_stride=16)),
+    ('dresnet34', 'gauss', (65, 97), CHANNELS_LAST, dict(drop_path_rate=0.3)),
+    ('dresnet50', 'sigmoid', (65, 97), CONTIGUOUS, dict(avg_down=True, act_layer='silu')),
+    ('test_dresnet', 'gauss', (17, 23), CONTIGUOUS, {}), ('dresnet18_cifar', 'gauss', (17, 23), CONTIGUOUS, {}),
+    pytest.param('dresnet18', 'sigmoid', (224, 224), CHANNELS_LAST, {}, marks=pytest.mark.slow),
 ], ids=str)
-@pytest.mark.parametrize('arch', ['dresnet18', 'dresnet50'])
-def test_dresnet_with_arguments(arch, kwargs, training):
-    check_dresnet(arch, 'sigmoid', (65, 97), training, **kwargs)
+def test_dresnet(arch, gate, size, layout, kwargs, training):
+    check_dresnet(arch, gate, size, training, 4 if size == (17, 23) else 2, layout, **kwargs)
 
 
-@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
-@pytest.mark.parametrize('arch,kwargs', [
-    ('dresnet18', {}), ('dresnet18', dict(connection_rank=5)), ('dresnet50', {}), ('dresnet20_cifar', {}),
-    ('dresnet34', dict(drop_path_rate=0.3)), ('dresnet18', dict(output_stride=8)),
-], ids=str)
-@pytest.mark.parametrize('size', [(64, 96), (65, 97)], ids=str)
-def test_dresnet_in_channels_last(arch, kwargs, size, training):
-    """Which computes in another way, and for even sizes in one more."""
-    check_dresnet(arch, 'gauss', size, training, layout=torch.channels_last, **kwargs)
-
-
-@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('layout', [CONTIGUOUS, CHANNELS_LAST], ids=str)
 @pytest.mark.parametrize('arch,kwargs', [
     ('dresnet20_cifar', dict(gate_init=0.5)), ('dresnet20_cifar', dict(gate_init=0.5, connection_rank=5)),
     ('adaresnet20_cifar', dict(skip_init=0.5)), ('adaresnet20_cifar', dict(skip_init=0.5, skip_weight='shared')),
@@ -120,11 +110,6 @@ def test_batch_norms_put_into_eval_mode():
     output = model(x)
     assert all(torch.equal(buffer, statistics[name]) for name, buffer in model.named_buffers())
     torch.testing.assert_close(output, model.eval()(x), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize('arch', ['dresnet20_cifar', 'dresnet18_cifar', 'test_dresnet'])
-def test_dresnet_for_small_images(arch):
-    check_dresnet(arch, 'gauss', (17, 23), training=True, batch=4)
 
 
 @pytest.mark.parametrize('norm_layer', ['groupnorm1', 'batchnorm2d'])
@@ -164,13 +149,12 @@ def test_frozen_batch_norm_keeps_the_gate():
 
 @pytest.mark.parametrize('kwargs', [{}, dict(skip_weight='per_kind'), dict(skip_weight='shared')], ids=str)
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
-@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize('arch', ['adaresnet18', 'adaresnet50', 'adaresnet20_cifar'])
-def test_adaresnet(arch, layout, kwargs, training):
+@pytest.mark.parametrize('arch', ['adaresnet18', 'adaresnet50'])
+def test_adaresnet(arch, kwargs, training):
     model = create(arch, **kwargs).train(training)
     reference = copy.deepcopy(model)
     x = torch.randn(4, 3, 33, 47, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    output = model.to(memory_format=layout)(x.to(memory_format=layout))
+    output = model(x)
     assert_same_gradients(model, reference, output, naive.adaresnet(reference, x))
 
 
@@ -208,7 +192,7 @@ def test_number_of_skip_weights(kind, count):
 
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize('gate', GATES)
-@pytest.mark.parametrize('arch', ['test_dresnet', 'dresnet18', 'dresnet50'])
+@pytest.mark.parametrize('arch', ['test_dresnet', 'dresnet50'])
 def test_gate_of_zero_cuts_its_connection(arch, gate, training):
     """In train mode too: a norm behind the gate would divide it away."""
     model = create(arch, gate=gate).train(training)
