@@ -42,7 +42,7 @@ def test_models_need_no_network(app):
 @torch.no_grad()
 def test_what_switching_off_changes(app, image, name):
     names = list(app.connection_names(name))
-    best, change, figure = app.look(image, name, names)
+    best, change, figure = app.classify(image, name, names)
     model = timm.create_model(name, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     batch = transform(image)[None]
@@ -50,7 +50,7 @@ def test_what_switching_off_changes(app, image, name):
     assert change == '' and sum(best.values()) <= 1 + 1e-5
     assert list(best.values()) == pytest.approx(probabilities.sort(descending=True).values[:5].tolist(), rel=1e-4)
 
-    best, change, _ = app.look(image, name, names[1:])
+    best, change, _ = app.classify(image, name, names[1:])
     if name == 'test_dresnet.c10':
         model.connections['layer2'].gates['3'].weight.data.fill_(-1e4)  # a gate of 0
     else:
@@ -58,7 +58,7 @@ def test_what_switching_off_changes(app, image, name):
     expected = model(batch).softmax(1)[0].sort(descending=True).values[:5]
     assert list(best.values()) == pytest.approx(expected.tolist(), rel=1e-4)
     assert 'Without 1' in change
-    assert app.look(None, name, names)[0] is None
+    assert app.classify(None, name, names)[0] is None
     assert len(timm_dresnet.connections(app.load(name))) == len(names)  # the model itself is whole
 
 

@@ -32,7 +32,7 @@ def connection_names(name: str) -> Dict[str, Dict[str, Any]]:
         for record in timm_dresnet.connections(load(name))}
 
 
-def without(name: str, off: List[str]) -> torch.nn.Module:
+def switch_off(name: str, off: List[str]) -> torch.nn.Module:
     """Copy a model and switch some of its connections off."""
     model, records = copy.deepcopy(load(name)), connection_names(name)
     if isinstance(model, timm_dresnet.DResNet):
@@ -43,25 +43,26 @@ def without(name: str, off: List[str]) -> torch.nn.Module:
     return model
 
 
-def look(image: Optional[Image.Image], name: str, on: List[str]) -> Tuple[Optional[Dict[str, float]], str, Figure]:
+def classify(image: Optional[Image.Image], name: str, on: List[str]) -> Tuple[Optional[Dict[str, float]], str, Figure]:
     """Classify an image with some connections switched on.
 
     Returns:
         The best classes and their probabilities, what the connections that are off change, and the arcs.
     """
     off = [key for key in connection_names(name) if key not in on]
-    model = without(name, off)
+    model = switch_off(name, off)
     if image is None:
         return None, '', timm_dresnet.plot_arcs(model)
     classifier = Classifier(model)
     batch = classifier.preprocess(image)[None]
     classes, = classifier(batch)
-    before, = Classifier(load(name))(batch, top=1)
-    change = ' '.join(
-        f'{which}: **{best["label"]}**, {100 * best["probability"]:.1f} %.'
-        for which, best in (('All connections', before[0]), (f'Without {len(off)}', classes[0])))
+    change = ''
+    if off:
+        before, = Classifier(load(name))(batch, top=1)
+        change = (f'All connections: **{before[0]["label"]}**, {100 * before[0]["probability"]:.1f} %. '
+                  f'Without {len(off)}: **{classes[0]["label"]}**, {100 * classes[0]["probability"]:.1f} %.')
     best = {c['label']: c['probability'] for c in classes}
-    return best, change if off else '', timm_dresnet.plot_arcs(model, images=batch)
+    return best, change, timm_dresnet.plot_arcs(model, images=batch)
 
 
 def create_page() -> gr.Blocks:
@@ -85,7 +86,7 @@ def create_page() -> gr.Blocks:
                     return gr.CheckboxGroup(names, value=names)
 
                 for event in (image.change, on.input, page.load, model.change(switch_all_on, model, on).then):
-                    event(look, [image, model, on], shown, show_progress='hidden')
+                    event(classify, [image, model, on], shown, show_progress='hidden')
     return page
 
 
