@@ -1,11 +1,6 @@
 """The web page of hub/space: what it computes, and the page in a headless browser."""
 import importlib.util
-import os
 import shutil
-import subprocess
-import sys
-import time
-import urllib.request
 
 import numpy as np
 import pytest
@@ -58,17 +53,18 @@ CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 
 
 @pytest.mark.skipif(not CHROMIUM, reason='no chromium here (apt install chromium)')
-def test_page_in_a_browser(image, tmp_path):
+def test_page_in_a_browser(app, image, tmp_path):
     sync_api = pytest.importorskip('playwright.sync_api')
     image.resize((200, 160)).save(tmp_path / 'image.png')
-    _, url, _ = (page := app.create_page()).launch(prevent_thread_lock=True, quiet=True)
+    server = app.create_page()
+    _, url, _ = server.launch(prevent_thread_lock=True, quiet=True)
     try:
         with sync_api.sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
             page = browser.new_page(viewport=dict(width=1300, height=1500))
             errors = []
-            page.on('pageerror', lambda error: errors.append(str(error)))
-            page.goto('http://127.0.0.1:7869')
+            page.on('pageerror', errors.append)
+            page.goto(url)
             page.set_input_files('input[type=file]', str(tmp_path / 'image.png'))
             page.wait_for_selector('text=%', timeout=60_000)
             boxes = page.locator('input[type=checkbox]')
@@ -85,5 +81,4 @@ def test_page_in_a_browser(image, tmp_path):
             assert not errors
             browser.close()
     finally:
-        server.terminate()
-        server.wait()
+        server.close()
