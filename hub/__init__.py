@@ -1,1 +1,1 @@
-"""From the folder of a model to the Hugging Face Hub."""
+"""Publishing: from the folder of a run to the Hugging Face Hub, or into the package."""

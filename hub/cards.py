@@ -1,14 +1,9 @@
-"""Model cards: all that they say is read from what a run has left in its folder.
-
-`python -m hub.cards` writes MODEL_CARD.md, the card of all models in the package, with the results that README.md gives,
-and their accuracies into the package.
-"""
-import argparse
+"""Model cards, written from the files that a run leaves in its folder."""
 import csv
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional
 
 import timm
 import timm_dresnet
@@ -16,56 +11,37 @@ import torch.nn as nn
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-ZOO = Path(__file__).parent / 'zoo'  # records of the runs whose weights are in the package
-_ROOT = Path(__file__).parents[1]
+ZOO = Path(__file__).parent / 'zoo'  # files of the runs whose weights are in the package
 
-# what a run leaves for its readers
+# files of a run that are published with its weights
+TABLES = ('args.yaml', 'summary.csv', 'connections.csv', 'validation.csv')
 PICTURES = {
     'curves.png': 'Loss and accuracy over the epochs',
     'connections.png': 'The learned connections: rows take from columns',
     'connections_history.png': 'The learned connections over the epochs',
 }
-TABLES = ('args.yaml', 'summary.csv', 'connections.csv', 'validation.csv')
 
-# those arguments of a run that say where its images for validation are
+# arguments of a run that say where the validation images are
 _DATA_ARGUMENTS = (
     'dataset', 'data_dir', 'val_split', 'val_num_samples', 'class_map', 'input_img_mode', 'input_key', 'target_key')
-
 _DATASETS = {
     'cifar10': 'CIFAR-10',
     'cifar100': 'CIFAR-100',
     'digits': "scikit-learn's digits",
     'tiny-imagenet-200': 'Tiny-ImageNet-200',
 }
-_ABOUT = {
-    'DResNet': 'A residual network in which every block may draw on all earlier blocks, through gated connections that '
-               'are learned.',
-    'AdaResNet': 'A residual network in which the weight of every shortcut is learned.',
-    'PlainNet': 'A residual network without its shortcuts, to compare others with.',
-}
-_SOURCES = {
-    'DResNet': [
-        '[Dynamic connections](https://github.com/Mao-chuan/An_improve_on_ResNet--Introduces_dynamic_connections), the '
-        'proposal that DResNet follows',
-    ],
-    'AdaResNet': ['AdaResNet: [arXiv:2408.09958](https://arxiv.org/abs/2408.09958)'],
-}
-_EVERY_SOURCE = [
-    'Deep Residual Learning for Image Recognition: [arXiv:1512.03385](https://arxiv.org/abs/1512.03385)',
-    '[timm](https://github.com/huggingface/pytorch-image-models), of which this is a model, through timm-dresnet',
-]
 
 
 @dataclass
 class Run:
-    """What is known of how a model was made.
+    """What is known about the training of a model.
 
     Attributes:
-        args: Arguments of the training, empty if not recorded.
+        args: Arguments of the training, without absolute paths. Empty if they were not recorded.
         epochs: Rows of `summary.csv`.
-        validation: Rows of `validation.csv`: what `python -m train.validate` has measured of the folder.
-        dataset_id: Of the data set on the Hub.
-        note: What else a reader should know of the data.
+        validation: Rows of `validation.csv`, which `python -m train.validate --csv` writes.
+        dataset_id: Name of the data set on the Hub.
+        note: What else to say about the data.
     """
     args: Dict[str, Any] = field(default_factory=dict)
     epochs: List[Dict[str, str]] = field(default_factory=list)
@@ -75,45 +51,45 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path, dataset_id: Optional[str] = None, note: str = '') -> 'Run':
-        """Read it from a folder.
+        """Read the files of a run.
 
         Raises:
-            ValueError: If a file there is damaged.
+            ValueError: If one of them is damaged.
         """
         run = cls(dataset_id=dataset_id, note=note)
         try:
             if (folder / 'args.yaml').exists():
-                run.args = without_paths(yaml.safe_load((folder / 'args.yaml').read_text()))
+                run.args = _without_paths(yaml.safe_load((folder / 'args.yaml').read_text()))
             for name, rows in (('summary.csv', run.epochs), ('validation.csv', run.validation)):
                 if (folder / name).exists():
                     with (folder / name).open(newline='') as f:
                         rows += csv.DictReader(f)
         except (yaml.YAMLError, AttributeError, UnicodeDecodeError, csv.Error) as e:
             raise ValueError(f'{folder} holds a damaged file of its run: {" ".join(str(e).split())}') from e
-        names = {row.get('model') or 'nothing' for row in run.validation}
-        run.validation = [row for row in run.validation if Path(row.get('model') or '').name == folder.resolve().name]
-        if names and not run.validation:
-            raise ValueError(
-                f'{folder}/validation.csv is not of {folder}, but of {", ".join(sorted(names))}: measure {folder} with '
-                'python -m train.validate and the same --csv, or remove it.')
         if missing := run.args and {'model', 'epochs', 'seed', 'opt', 'batch_size'} - set(run.args):
             raise ValueError(f'{folder}/args.yaml does not say {", ".join(sorted(missing))}: it is not that of a run.')
+        measured = run.validation
+        run.validation = [row for row in measured if Path(row.get('model') or '').name == folder.resolve().name]
+        if measured and not run.validation:
+            raise ValueError(
+                f'{folder}/validation.csv has no row for {folder.name}: measure {folder} again with python -m '
+                'train.validate --csv, or remove the file.')
         source, _, name = str(run.args.get('dataset') or '').partition('/')
         if source in ('hfds', 'hfids'):
             run.dataset_id = run.dataset_id or name
         return run
 
     @property
-    def dataset(self) -> str:
-        """Name of the data set."""
-        return _DATASETS.get(self.dataset_key) or self.dataset_id or self.dataset_key
-
-    @property
     def dataset_key(self) -> str:
-        """What timm calls it, or its folder."""
+        """Name of the data set in timm, or the name of its folder."""
         if name := self.args.get('dataset'):
             return name.split('/', 1)[-1]
         return Path(self.args.get('data_dir') or 'unknown').name
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set."""
+        return _DATASETS.get(self.dataset_key) or self.dataset_id or self.dataset_key
 
     @property
     def data_arguments(self) -> str:
@@ -126,55 +102,46 @@ class Run:
         return ' '.join(f'--{key.replace("_", "-")} {shlex.quote(str(value))}' for key, value in given.items())
 
     def metrics(self, size: str) -> Optional[Dict[str, float]]:
-        """Accuracy and loss of the model as published: as measured since, or else after the last epoch.
+        """Accuracy and loss as measured by `train.validate`, or else after the last epoch.
 
         Args:
-            size: Height and width of the images, which may have been measured at several, as in 32x32.
+            size: Height and width of the images, such as '32x32'.
         """
         if rows := [row for row in self.validation if row['size'] == size]:
-            return {key: float(rows[-1][key]) for key in ('top1', 'top5', 'loss', 'images')}
+            return {key: float(rows[-1][key]) for key in ('top1', 'top5', 'loss')}
         if self.epochs and self.epochs[-1].get('eval_top1'):
             return {key: float(self.epochs[-1][f'eval_{key}']) for key in ('top1', 'top5', 'loss')}
         return None
 
     @property
     def base_model(self) -> Optional[str]:
-        """The repository on the Hub whose weights the training began with."""
-        if not self.args.get('pretrained') or self.args.get('pretrained_path') or self.args.get('initial_checkpoint'):
+        """The repository on the Hub with the weights that the training started from."""
+        name = self.args.get('model', '')
+        if not self.args.get('pretrained') or self.args.get('initial_checkpoint') or self.args.get('pretrained_path'):
             return None
-        name = self.args['model']
         if name.startswith('hf-hub:'):
             return name[len('hf-hub:'):].split('@')[0]
         return timm.get_pretrained_cfg(name).hf_hub_id if timm.is_model(name) else None
 
     @property
-    def start(self) -> Optional[str]:
-        """The weights that the training began with: a repository on the Hub, a file, or a model of the package."""
+    def initial_weights(self) -> Optional[str]:
+        """What the training started from: a file, a repository on the Hub, or a model of the package."""
         file = self.args.get('initial_checkpoint') or self.args.get('pretrained_path')
         if file or not self.args.get('pretrained'):
             return file or None
-        name = self.args['model']
-        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-        return self.base_model or (f'{cfg.architecture}.{cfg.tag}' if cfg else name)
+        cfg = timm.get_pretrained_cfg(self.args['model'])
+        return self.base_model or (f'{cfg.architecture}.{cfg.tag}' if cfg else self.args['model'])
 
 
-def without_paths(args: Dict[str, Any]) -> Dict[str, Any]:
-    """Arguments of a run, without the names of its machine's folders."""
-    def shorten(value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        source, colon, path = value.rpartition('local-dir:')
-        return f'{source}{colon}{Path(path).name}' if Path(path).is_absolute() else value
-
-    return {key: shorten(value) for key, value in args.items()}
-
-
-def _family(model: nn.Module) -> str:
-    return next((name for name in _ABOUT if isinstance(model, getattr(timm_dresnet, name))), 'ResNet')
-
-
-def _size(input_size: Sequence[int]) -> str:
-    return 'x'.join(map(str, input_size[1:]))
+def _without_paths(args: Dict[str, Any]) -> Dict[str, Any]:
+    """Shorten absolute paths to their last part: the folders of a machine are nobody else's business."""
+    args = dict(args.items())
+    for key, value in args.items():
+        if isinstance(value, str):
+            source, colon, path = value.rpartition('local-dir:')
+            if Path(path).is_absolute():
+                args[key] = f'{source}{colon}{Path(path).name}'
+    return args
 
 
 def _describe_connections(model: nn.Module) -> str:
@@ -190,61 +157,38 @@ def _describe_connections(model: nn.Module) -> str:
     return ''
 
 
-def _describe_training(run: Run, size: str) -> str:
-    args = run.args
-    what = [f'{args["epochs"]} epochs on {run.dataset} at {size}']
-    if sizes := args.get('train_img_sizes'):
-        what.append(f'on images that grow from {min(sizes)}x{min(sizes)}' if args['train_size_schedule'] == 'progressive'
-                    else f'on images of {min(sizes)} to {max(sizes)} pixels')
-    what += [f'seed {args["seed"]}', args['opt']]
-    if args.get('lr'):
-        what.append(f'learning rate {args["lr"]:g}')
-    what.append(f'batches of {args["batch_size"]}')
-    if run.start:
-        what.append(f'starting from {run.start}')
-    return f'{", ".join(what)}.'
-
-
-def _limits(run: Run, num_classes: int, size: str) -> str:
-    data = f'those of {run.dataset}' if run.args else 'those that it was trained on'
-    return (
-        f'For classifying images like {data}, and as a start for fine-tuning. Every image is given one of the '
-        f'{num_classes} classes, whatever it shows. Nothing has been measured on other images, on photographs of '
-        f'people, or far from {size}, and what is wrong or one-sided in the training images is so in the model.')
-
-
 def model_card(model: nn.Module, run: Run, name: str, files: List[str], license: str) -> ModelCard:
-    """Write the card of a model.
+    """Write the card of a model from `model_card.md.j2`.
 
     Args:
         model: The model.
-        run: What is known of how it was made.
-        name: What `timm.create_model` is to be called with to load it.
+        run: How it was trained.
+        name: The name with which `timm.create_model` loads it.
         files: Names of the files that are published with the card.
         license: License of the weights.
     """
-    cfg = model.pretrained_cfg
+    described = ('num_classes', 'pruned_connections')  # elsewhere in the card
+    model_args = {key: value for key, value in model.pretrained_model_args.items() if key not in described}
     input_size = timm.data.resolve_model_data_config(model)['input_size']
-    size = _size(input_size)
+    size = 'x'.join(map(str, input_size[1:]))
     title = name.split('/')[-1]
-    family = _family(model)
+    families = ('DResNet', 'AdaResNet', 'PlainNet')
+    family = next((family for family in families if isinstance(model, getattr(timm_dresnet, family))), 'ResNet')
+    split = run.args.get('val_split', 'validation')
     metrics = run.metrics(size)
-    eval_results = None
-    if metrics:
-        common = dict(
+    eval_results = metrics and [
+        EvalResult(
             task_type='image-classification',
             task_name='Image Classification',
             dataset_type=run.dataset_id or run.dataset_key,
             dataset_name=run.dataset,
-            dataset_split=run.args.get('val_split', 'validation'),
+            dataset_split=split,
+            metric_type='accuracy',
+            metric_name=label,
+            metric_value=round(metrics[key], 2),
         )
-        eval_results = [
-            EvalResult(metric_type='accuracy', metric_name=label, metric_value=round(metrics[key], 2), **common)
-            for key, label in (('top1', 'Top-1 accuracy, %'), ('top5', 'Top-5 accuracy, %'))
-        ]
-    labels = cfg.get('label_names') or ()
-    classes = f'{model.num_classes}' + (f': {", ".join(labels)}' if 0 < len(labels) <= 20 else '')
-    args = {k: v for k, v in model.pretrained_model_args.items() if k not in ('num_classes', 'pruned_connections')}
+        for key, label in (('top1', 'Top-1 accuracy, %'), ('top5', 'Top-5 accuracy, %'))
+    ]
     card_data = ModelCardData(
         library_name='timm',
         license=license,
@@ -261,84 +205,18 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
         template_path=str(Path(__file__).parent / 'model_card.md.j2'),
         title=title,
         name=name,
-        about=_ABOUT.get(family, 'An image classifier.'),
-        architecture=cfg['architecture'],
-        arguments=''.join(f', `{key}={value!r}`' for key, value in args.items()),
-        parameters=f'{sum(parameter.numel() for parameter in model.parameters()):,}',
-        input_size='x'.join(map(str, input_size)),
-        shape=', '.join(map(str, input_size)),
-        image_mode={1: 'L', 3: 'RGB'}.get(input_size[0], 'RGB'),
-        classes=classes,
-        top=min(5, model.num_classes),
+        family=family,
+        model=model,
+        model_args=model_args,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        input_size=input_size,
+        size=size,
+        labels=model.pretrained_cfg.get('label_names') or (),
         connections=_describe_connections(model),
-        fused=getattr(model, 'fused', False),
-        grown_from=run.base_model if '.init_' in run.args.get('model', '') else None,
-        dataset=run.dataset,
-        note=run.note,
-        data_arguments=run.data_arguments,
-        results=metrics and dict(
-            split=run.args.get('val_split', 'validation'),
-            size=size,
-            top1=f'{metrics["top1"]:.2f}', top5=f'{metrics["top5"]:.2f}', loss=f'{metrics["loss"]:.4f}',
-        ),
-        training=_describe_training(run, size) if run.args else '',
-        summary='summary.csv' in files,
+        run=run,
+        args=run.args,
+        split=split,
+        metrics=metrics,
+        files=files,
         pictures=[(file, text) for file, text in PICTURES.items() if file in files],
-        limits=_limits(run, model.num_classes, size),
-        sources=_SOURCES.get(family, []) + _EVERY_SOURCE,
     )
-
-
-def family_card() -> ModelCard:
-    """Write the card of all models whose weights are in the package."""
-    zoo = yaml.safe_load(ZOO.with_suffix('.yaml').read_text())
-    rows, notes = [], {}
-    for tag, facts in zoo.items():
-        if 'note' in facts:
-            notes.setdefault(facts['note'], []).append(f'`{tag}`')
-        run, model = Run.read(ZOO / tag, **facts), timm.create_model(tag)
-        size = _size(model.pretrained_cfg['input_size'])
-        metrics = run.metrics(size)
-        rows.append(dict(
-            tag=tag,
-            training=_describe_training(run, size),
-            parameters=f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M',
-            top1=f'{metrics["top1"]:.2f}',
-            top5=f'{metrics["top5"]:.2f}',
-            command=f'python -m train.validate {tag} {run.data_arguments}',
-        ))
-    card_data = ModelCardData(
-        library_name='timm',
-        license='apache-2.0',
-        pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'timm-dresnet', *(family.lower() for family in _ABOUT)],
-        datasets=sorted({facts['dataset_id'] for facts in zoo.values()}),
-    )
-    return ModelCard.from_template(
-        card_data,
-        template_path=str(Path(__file__).parent / 'family_card.md.j2'),
-        about=_ABOUT,
-        rows=rows,
-        notes=notes,
-        results=(_ROOT / 'README.md').read_text().split('\n## Results\n')[1].split('\n## ')[0].strip(),
-        sources=[source for sources in _SOURCES.values() for source in sources] + _EVERY_SOURCE,
-    )
-
-
-def results_table() -> str:
-    """What `timm-dresnet list` shows of the models in the package, as CSV."""
-    lines = ['model,top1,top5,size,images,dataset']
-    for tag in yaml.safe_load(ZOO.with_suffix('.yaml').read_text()):
-        run = Run.read(ZOO / tag)
-        size = _size(timm.get_pretrained_cfg(tag).input_size)
-        metrics = run.metrics(size)
-        lines.append(f'{tag},{metrics["top1"]},{metrics["top5"]},{size},{metrics["images"]:.0f},{run.dataset}')
-    return '\n'.join(lines) + '\n'
-
-
-if __name__ == '__main__':
-    argparse.ArgumentParser(
-        prog='python -m hub.cards', description='Write MODEL_CARD.md and timm_dresnet/weights/results.csv.').parse_args()
-    family_card().save(_ROOT / 'MODEL_CARD.md')
-    (_ROOT / 'timm_dresnet/weights/results.csv').write_text(results_table())
-    print('Wrote MODEL_CARD.md and timm_dresnet/weights/results.csv')

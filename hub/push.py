@@ -1,74 +1,265 @@
-"""`python -m hub.push`: the folder of a model becomes a repository on the Hugging Face Hub, in one commit."""
+"""`python -m hub.push`: publish the folder of a run on the Hugging Face Hub, in one commit."""
 import argparse
-import os
+import json
+import re
+import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional
+
+import httpx2
+import timm
+import torch
+import torch.nn as nn
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from timm.models import save_for_hf
+from timm_dresnet.untrusted import load_folder
+
+from .cards import PICTURES, TABLES, ZOO, Run, model_card
+
+_PUBLISHED = ('README.md', 'config.json', 'model.safetensors', *TABLES, *PICTURES)
+
+
+@dataclass
+class Upload:
+    """A model to publish.
+
+    Attributes:
+        folder: The folder of its run.
+        repo_id: The repository, 'owner/name'.
+        model: Name and tag of the model, if its weights are in the package instead of the folder.
+        license: License of the weights. That of the model if None.
+        dataset_id: Name of the training data on the Hub.
+        note: What else to say about the data.
+    """
+    folder: Path
+    repo_id: str
+    model: Optional[str] = None
+    license: Optional[str] = None
+    dataset_id: Optional[str] = None
+    note: str = ''
+
+    def __post_init__(self) -> None:
+        validate_repo_id(self.repo_id)  # raises a ValueError
+        if self.repo_id.count('/') != 1:
+            raise ValueError(f'{self.repo_id!r} is not a repository: give it as USER/NAME.')
+
+
+def read_zoo(path: Path, namespace: str) -> List[Upload]:
+    """Read a YAML file that lists packaged models by name and tag, each with `dataset_id` and `note`.
+
+    Raises:
+        ValueError: If it is not such a file.
+    """
+    try:
+        zoo = yaml.safe_load(path.read_text())
+        return [Upload(ZOO / tag, f'{namespace}/{tag}', model=tag, **(facts or {})) for tag, facts in zoo.items()]
+    except (yaml.YAMLError, AttributeError, TypeError) as e:
+        raise ValueError(f'{path} must list models, each with its dataset_id and note: {e}') from e
+
+
+def build(upload: Upload, folder: Path) -> nn.Module:
+    """Write the files of the repository into an empty folder.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        OSError: If a file cannot be read.
+        ValueError: If the folder of the run holds no model, or a damaged file.
+    """
+    if not upload.folder.is_dir():
+        raise ValueError(f'there is no folder {upload.folder}.')
+    for name in _PUBLISHED:
+        if (upload.folder / name).is_file():
+            shutil.copyfile(upload.folder / name, folder / name)
+    run = Run.read(upload.folder, upload.dataset_id, upload.note)
+    if run.args:
+        (folder / 'args.yaml').write_text(yaml.safe_dump(run.args))
+    if upload.model:
+        save_for_hf(timm.create_model(upload.model, pretrained=True), folder, safe_serialization=True)
+    try:
+        model = load_folder(folder)
+    except ValueError as e:
+        raise ValueError(str(e).replace(str(folder), str(upload.folder))) from e
+    _drop_num_classes(folder / 'config.json')
+    if model.num_classes == 0:
+        raise ValueError(f'the model in {upload.folder} has no classifier (num_classes=0): push it with one.')
+    if not _logits(model).isfinite().all():
+        raise ValueError(f'the model in {upload.folder} has logits that are not finite.')
+    if (folder / 'README.md').exists():  # the author's own card
+        if upload.license or upload.dataset_id:
+            raise ValueError(
+                f'{upload.folder / "README.md"} is the card already: write license and data into it instead of '
+                '--license and --dataset-id.')
+        return model
+    license = upload.license or model.pretrained_cfg.get('license') or 'apache-2.0'
+    files = [file.name for file in folder.iterdir()]
+    try:
+        card = model_card(model, run, f'hf-hub:{upload.repo_id}', files, license)
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as e:  # of values that no run writes
+        raise ValueError(
+            f'the record of the run in {upload.folder} (args.yaml, summary.csv, validation.csv) is damaged: '
+            f'{type(e).__name__} {e}.') from e
+    card.save(folder / 'README.md')
+    return model
+
+
+def _drop_num_classes(path: Path) -> None:
+    # timm 1.0.31 writes it twice, and transformers 5.23 passes both to one function
+    config = json.loads(path.read_text())
+    model_args = config.get('model_args', {})
+    if 'num_classes' in model_args and model_args['num_classes'] == config.get('num_classes'):
+        del model_args['num_classes']
+        path.write_text(json.dumps(config, indent=2))
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module) -> torch.Tensor:
+    shape = timm.data.resolve_model_data_config(model)['input_size']
+    return model(torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)))
+
+
+def push(
+        upload: Upload,
+        folder: Path,
+        model: nn.Module,
+        private: bool = False,
+        revision: Optional[str] = None,
+        create_pr: bool = False,
+) -> None:
+    """Push a folder that `build` has written, load the model back, and compare logits.
+
+    Args:
+        upload: Where it goes.
+        folder: The folder.
+        model: The model in it.
+        private: Make a new repository private.
+        revision: Branch. Main if None.
+        create_pr: Open a pull request.
+
+    Raises:
+        OSError: If the Hub refuses, or cannot be reached.
+        ValueError: If there is no token, or what comes back is not what was pushed.
+    """
+    token = get_token()
+    if not token:
+        raise ValueError('there is no token: log in with `hf auth login`, or set HF_TOKEN.')
+    if not re.fullmatch('[!-~]+', token):  # HTTP would refuse the header, and print it
+        raise ValueError('the token of HF_TOKEN or `hf auth login` has characters that no token has: copy it again.')
+    api = HfApi(library_name='timm-dresnet')
+    repo_id, files = upload.repo_id, sorted(folder.iterdir())
+    repo = f'{api.endpoint}/{repo_id}'
+    try:
+        if not create_pr:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+        head = api.model_info(repo_id, revision=revision)
+        left_over = {file.rfilename for file in head.siblings} & set(_PUBLISHED) - {file.name for file in files}
+        commit = api.create_commit(  # not upload_folder, which may make several commits
+            repo_id,
+            operations=[
+                *(CommitOperationAdd(file.name, file) for file in files),
+                *(CommitOperationDelete(name) for name in sorted(left_over)),
+            ],
+            commit_message='Upload model with timm-dresnet',
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=head.sha,
+        )
+    except (httpx2.HTTPError, OSError, RuntimeError) as e:
+        raise OSError(_explain(e, api.endpoint, repo_id, create_pr)) from e
+    if commit.oid == head.sha:
+        print(f'{repo} holds this already: nothing was changed.')
+    else:
+        print(f'Pushed to {commit.pr_url or commit.commit_url}')
+
+    with tempfile.TemporaryDirectory(prefix='hub-cache-') as cache:
+        try:
+            name = f'hf-hub:{repo_id}@{commit.oid}'  # the commit itself, since a branch may have moved on
+            loaded = timm.create_model(name, pretrained=True, cache_dir=cache)
+        except Exception as e:  # of the network, or whatever a damaged file makes timm and safetensors raise
+            raise OSError(f'{repo} was pushed, but cannot be loaded back: {_explain(e, api.endpoint, repo_id)}') from e
+    if not torch.allclose(_logits(loaded.eval()), _logits(model), rtol=1e-4, atol=1e-5):
+        raise ValueError(f'{repo} is not what was pushed: its logits differ. Push it again.')
+    branch = revision or commit.pr_revision
+    name = f'{repo_id}@{branch}' if branch else repo_id
+    print(f"Loaded back, with equal logits: timm.create_model('hf-hub:{name}', pretrained=True)")
+
+
+def _explain(error: Exception, hub: str, repo_id: str, create_pr: bool = False) -> str:
+    """Say in one sentence why a request failed, and what to do."""
+    if isinstance(error, RuntimeError) and error.__cause__:  # of an upload
+        error = error.__cause__
+    again = 'push again'
+    if create_pr:
+        again = f'look at {hub}/{repo_id}/discussions whether the pull request was opened, and else push again'
+    if isinstance(error, RepositoryNotFoundError):
+        return f'{hub} does not show {repo_id} to this token: it does not exist, or it is private.'
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        said = error.server_message or error.response.reason_phrase
+        sentences = {
+            401: f'{hub} does not accept this token: make one that may write, at {hub}/settings/tokens.',
+            403: f'this token may not write to {repo_id} ({said}): take another token, or another repository.',
+            409: f'{repo_id} cannot be made ({said}): take another name.',
+            412: f'somebody else pushed to {repo_id} at the same time: {again}.',
+        }
+        path = error.response.url.path
+        return sentences.get(status, f'{hub} answers {status} ({said}) for {path}: wait a little, and {again}.')
+    if isinstance(error, httpx2.TransportError):
+        return f'{hub} cannot be reached ({type(error).__name__}: {error}): check the connection, and {again}.'
+    return str(error)
 
 
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m hub.push',
-        description='Push what python -m train has left to the Hugging Face Hub, and load it back to see that it is '
-                    'the same.',
-        epilog='example: python -m hub.push output/digits --repo-id me/dresnet20-digits --dry-run',
+        description='Push the folder of a run to the Hugging Face Hub, load the model back, and compare logits.',
+        epilog='example: python -m hub.push output/digits --repo-id me/dresnet20-digits --dry-run. It logs in with '
+               'HF_TOKEN, or the token of `hf auth login`; HF_ENDPOINT names another Hub.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('folder', nargs='?', type=Path, metavar='OUTPUT_FOLDER',
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument('folder', nargs='?', type=Path, metavar='OUTPUT_FOLDER',
                         help='folder with model.safetensors and config.json, of a run or of timm.models.save_for_hf')
+    source.add_argument('--zoo', type=Path, metavar='FILE',
+                        help='push all models that this YAML file lists, such as hub/zoo.yaml, instead of one folder')
     parser.add_argument('--repo-id', metavar='USER/NAME', help='repository, made if there is none')
-    parser.add_argument('--zoo', type=Path, metavar='FILE',
-                        help='push all models that this YAML file lists, such as hub/zoo.yaml, in place of one folder')
-    parser.add_argument('--namespace', metavar='USER', help='with --zoo, whose the repositories are')
+    parser.add_argument('--namespace', metavar='USER', help='with --zoo, owner of the repositories')
     parser.add_argument('--license', metavar='ID', help="of the weights (if not set, the model's own, or apache-2.0)")
-    parser.add_argument('--dataset-id', metavar='ID', help='the training data on the Hub, such as uoft-cs/cifar10')
+    parser.add_argument('--dataset-id', metavar='ID', help='training data on the Hub, such as uoft-cs/cifar10')
     parser.add_argument('--private', action='store_true', help='make a new repository private')
-    parser.add_argument('--revision', metavar='BRANCH', help='branch, made if there is none (main if not set)')
-    parser.add_argument('--create-pr', action='store_true', help='open a pull request instead')
-    parser.add_argument('--endpoint', metavar='URL', help='of another Hub')
-    parser.add_argument('--token-file', type=Path, metavar='FILE',
-                        help='file that holds a token (if not set, HF_TOKEN or that of `hf auth login`)')
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument('--revision', metavar='BRANCH', help='branch, made if there is none (main if not set)')
+    target.add_argument('--create-pr', action='store_true', help='open a pull request against main instead')
     parser.add_argument('--dry-run', action='store_true', help='show what would be pushed, and end')
     args = parser.parse_args(argv)
-    if args.zoo:
-        if args.folder or args.repo_id or args.license or args.dataset_id:
-            parser.error('--zoo comes without a folder, --repo-id, --license and --dataset-id: the file says these.')
-        if not args.namespace:
-            parser.error('--zoo needs --namespace: whose repositories are they?')
-    elif not args.folder or not args.repo_id:
-        parser.error('name a folder and a repository: python -m hub.push OUTPUT_FOLDER --repo-id USER/NAME')
-    elif args.namespace:
-        parser.error('--namespace goes with --zoo.')
-    if args.create_pr and args.revision:
-        parser.error('--create-pr opens its pull request against main: leave --revision out.')
+    if args.zoo and (not args.namespace or args.repo_id or args.license or args.dataset_id):
+        parser.error('--zoo needs --namespace, and not --repo-id, --license or --dataset-id: the file has these.')
+    if args.folder and (not args.repo_id or args.namespace):
+        parser.error('a folder needs --repo-id USER/NAME, and not --namespace.')
 
-    if args.endpoint:
-        if not args.endpoint.startswith(('http://', 'https://')):
-            parser.error(f'--endpoint {args.endpoint} must start with https:// or http://.')
-        os.environ['HF_ENDPOINT'] = args.endpoint  # read when huggingface_hub is imported, so not before
     try:
-        if args.token_file:
-            os.environ['HF_TOKEN'] = _read_token(args.token_file)
-        from . import repository
-        jobs = repository.read_zoo(args.zoo, args.namespace) if args.zoo else [
-            repository.Job(args.folder, args.repo_id, license=args.license, dataset_id=args.dataset_id)]
-        for job in jobs:
+        for upload in read_zoo(args.zoo, args.namespace) if args.zoo else [
+                Upload(args.folder, args.repo_id, license=args.license, dataset_id=args.dataset_id)]:
             with tempfile.TemporaryDirectory(prefix='hub-push-') as name:
-                model = repository.build(job, Path(name))
-                repository.show(job, Path(name))
+                model = build(upload, Path(name))
+                files = sorted(Path(name).iterdir())
+                print(f'{upload.repo_id}: {sum(file.stat().st_size for file in files) / 1e6:,.2f} MB')
+                for file in files:
+                    print(f'  {file.stat().st_size:>12,}  {file.name}')
                 if args.dry_run:
                     print('Nothing was pushed.')
                 else:
-                    repository.push(job, Path(name), model, args.private, args.revision, args.create_pr)
-    except (OSError, ValueError) as e:
+                    push(upload, Path(name), model, args.private, args.revision, args.create_pr)
+    except (OSError, RuntimeError, ValueError) as e:
         sys.exit(f'python -m hub.push: error: {" ".join(str(e).split())}')
-
-
-def _read_token(path: Path) -> str:
-    token = path.read_text().strip()
-    if not token.isascii() or len(token.split()) != 1:
-        raise ValueError(f'{path} does not hold a token: it must be the only word in it, in ASCII.')
-    return token
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ from PIL import Image
 from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
-from hub.repository import Job, build
+from hub.push import Upload, build
 
 MODELS = ['dresnet18', 'adaresnet18']
 
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
     saved, published = tmp_path_factory.mktemp('saved'), tmp_path_factory.mktemp('published')
     model = timm.create_model('test_dresnet', num_classes=3)
     save_for_hf(model, saved, dict(label_names=['cat', 'dog', 'owl']), safe_serialization=True)
-    build(Job(saved, 'me/test_dresnet'), published)
+    build(Upload(saved, 'me/test_dresnet'), published)
     return published
 
 

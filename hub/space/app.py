@@ -1,4 +1,4 @@
-"""A page to play with: what a model sees in an image, which connections carried it, and what it sees without them."""
+"""A web page that classifies an image, shows which connections carried it, and switches connections off."""
 import copy
 from functools import lru_cache
 from typing import Any, Dict, List, Optional, Tuple
@@ -20,20 +20,20 @@ the larger its share of what it leads to. Switch connections off, and see what c
 
 @lru_cache(maxsize=None)
 def load(name: str) -> torch.nn.Module:
-    """The model of a tag, with its weights."""
+    """Create a model with its weights, once."""
     return timm.create_model(name, pretrained=True).eval()
 
 
 def connection_names(name: str) -> Dict[str, Dict[str, Any]]:
-    """A model's learned connections by what they are called on the page."""
+    """Records of a model's connections, by their names on the page."""
     return {
         f'{record["source_name"]} → {record["target_name"]}' if 'source' in record
         else f'past {record["target_name"]}': record
         for record in timm_dresnet.connections(load(name))}
 
 
-def without(name: str, off: List[str]) -> torch.nn.Module:
-    """A copy of a model, some of its connections switched off."""
+def switch_off(name: str, off: List[str]) -> torch.nn.Module:
+    """Copy a model and switch some of its connections off."""
     model, records = copy.deepcopy(load(name)), connection_names(name)
     if isinstance(model, timm_dresnet.DResNet):
         model.prune_connections([(records[key]['target'], records[key]['source']) for key in off])
@@ -43,14 +43,14 @@ def without(name: str, off: List[str]) -> torch.nn.Module:
     return model
 
 
-def look(image: Optional[Image.Image], name: str, on: List[str]) -> Tuple[Optional[Dict[str, float]], str, Figure]:
-    """What a model sees with the connections that are on.
+def classify(image: Optional[Image.Image], name: str, on: List[str]) -> Tuple[Optional[Dict[str, float]], str, Figure]:
+    """Classify an image with some connections switched on.
 
     Returns:
-        The best classes and their probabilities, what switching off has changed, and the arcs.
+        The best classes and their probabilities, what the connections that are off change, and the arcs.
     """
     off = [key for key in connection_names(name) if key not in on]
-    model = without(name, off)
+    model = switch_off(name, off)
     if image is None:
         return None, '', timm_dresnet.plot_arcs(model)
     classifier = Classifier(model)
@@ -66,7 +66,7 @@ def look(image: Optional[Image.Image], name: str, on: List[str]) -> Tuple[Option
 
 
 def create_page() -> gr.Blocks:
-    """The page, with two models side by side."""
+    """Create the page, with two models side by side."""
     with gr.Blocks(title='timm-dresnet', analytics_enabled=False) as page:
         gr.Markdown(_ABOUT)
         image = gr.Image(type='pil', label='Image', height=240)
@@ -81,12 +81,12 @@ def create_page() -> gr.Blocks:
                     on = gr.CheckboxGroup(names, value=names, label='Connections that are on')
                 shown = [best, change, arcs]
 
-                def choose(name: str) -> Any:
+                def switch_all_on(name: str) -> Any:
                     names = list(connection_names(name))
                     return gr.CheckboxGroup(names, value=names)
 
-                for event in (image.change, on.input, page.load, model.change(choose, model, on).then):
-                    event(look, [image, model, on], shown, show_progress='hidden')
+                for event in (image.change, on.input, page.load, model.change(switch_all_on, model, on).then):
+                    event(classify, [image, model, on], shown, show_progress='hidden')
     return page
 
 

@@ -1,4 +1,4 @@
-"""`python -m hub.package`: the weights of a run become part of the package, in half precision."""
+"""`python -m hub.bundle`: put the weights of a run into the package, in half precision."""
 import argparse
 import hashlib
 import json
@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
-import torch
 import yaml
 from safetensors.torch import save
 from timm_dresnet.files import beside
@@ -19,17 +18,16 @@ from .cards import PICTURES, TABLES, ZOO, Run
 WEIGHTS = Path(__file__).parents[1] / 'timm_dresnet/weights'
 
 
-def package(folder: Path, tag: str) -> None:
-    """Write a model's weights to the package, an entry in its manifest, and the record of its run to `hub/zoo`.
+def bundle(folder: Path, tag: str) -> Run:
+    """Write weights into the package and their size and hash into its manifest, and copy the run's files to `hub/zoo`.
 
     Args:
-        folder: What a run has left.
+        folder: The folder of the run.
         tag: Model name and tag, such as 'test_dresnet.c10'.
 
     Raises:
         OSError: If a file cannot be read or written.
-        ValueError: If the folder does not hold such a model, half precision cannot hold its weights, or the record of
-            its run is damaged.
+        ValueError: If the folder holds no such model, or a damaged file, or weights that overflow in half precision.
     """
     model = load_folder(folder)
     architecture = model.pretrained_cfg['architecture']
@@ -39,14 +37,13 @@ def package(folder: Path, tag: str) -> None:
     run = Run.read(folder)
     weights = {name: w.half() if w.is_floating_point() else w for name, w in model.state_dict().items()}
     for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
+        if not weight.isfinite().all():
             raise ValueError(f'{name} in {folder} has values that half precision cannot hold.')
 
     data = save(weights)
     manifest = WEIGHTS / 'manifest.json'
-    entries = json.loads(manifest.read_text()) if manifest.exists() else {}
+    entries = json.loads(manifest.read_text())
     entries[f'{tag}.safetensors'] = {'size': len(data), 'sha256': hashlib.sha256(data).hexdigest()}
-    WEIGHTS.mkdir(exist_ok=True)
     with beside(WEIGHTS) as new:
         (new / f'{tag}.safetensors').write_bytes(data)
         (new / manifest.name).write_text(json.dumps(entries, indent=2, sort_keys=True) + '\n')
@@ -55,29 +52,29 @@ def package(folder: Path, tag: str) -> None:
     record.mkdir(parents=True, exist_ok=True)
     for name in (*TABLES, *PICTURES):
         (record / name).unlink(missing_ok=True)
-        if name != 'validation.csv' and (folder / name).exists():  # that is of the weights before they were rounded
+        if name != 'validation.csv' and (folder / name).exists():  # which is of the weights in full precision
             shutil.copyfile(folder / name, record / name)
     if run.args:
         (record / 'args.yaml').write_text(yaml.safe_dump(run.args))
+    return run
 
 
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(
-        prog='python -m hub.package', description='Put the weights of a run into timm_dresnet/weights.',
-        epilog='example: python -m hub.package output/test_dresnet test_dresnet.c10')
-    parser.add_argument('folder', type=Path, metavar='OUTPUT_FOLDER', help='what python -m train has left')
+        prog='python -m hub.bundle', description='Put the weights of a run into timm_dresnet/weights.',
+        epilog='example: python -m hub.bundle output/test_dresnet test_dresnet.c10')
+    parser.add_argument('folder', type=Path, metavar='OUTPUT_FOLDER', help='folder of the run')
     parser.add_argument('tag', metavar='MODEL.TAG', help='model name and tag')
     args = parser.parse_args(argv)
     try:
-        package(args.folder, args.tag)
+        run = bundle(args.folder, args.tag)
     except (OSError, ValueError) as e:
-        sys.exit(f'python -m hub.package: error: {" ".join(str(e).split())}')
-    data_arguments = Run.read(ZOO / args.tag).data_arguments
+        sys.exit(f'python -m hub.bundle: error: {" ".join(str(e).split())}')
     print(f"""Wrote timm_dresnet/weights/{args.tag}.safetensors and hub/zoo/{args.tag}. What is left to do:
-  * name {args.tag} in default_cfgs of its model file, with file=packaged_file({args.tag!r}) and what config.json of the
-    run says of input_size, mean, std, interpolation, crop_pct and label_names, and in hub/zoo.yaml
-  * measure it: python -m train.validate {args.tag} {data_arguments} --csv hub/zoo/{args.tag}/validation.csv
-  * write the card of all, and their accuracies into the package: python -m hub.cards""")
+  * name {args.tag} in hub/zoo.yaml, and in default_cfgs of its model file, with file=packaged_file({args.tag!r}) and
+    input_size, mean, std, interpolation, crop_pct and label_names from config.json of the run
+  * measure it: python -m train.validate {args.tag} {run.data_arguments} --csv hub/zoo/{args.tag}/validation.csv
+  * write its accuracy into timm_dresnet/weights/results.csv and MODEL_CARD.md""")
 
 
 if __name__ == '__main__':
