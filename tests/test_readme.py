@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 README = (Path(__file__).parents[1] / 'README.md').read_text()
 SNIPPETS = re.findall(r'```python\n(.*?)```', README, flags=re.DOTALL)
-ROWS = re.findall(r'^\| `(\w+)` \| ([\d,]+) \| ([\d,]+) M \| (\d+) \|$', README, flags=re.MULTILINE)
+TABLE = re.findall(r'^\| .*\|$', README.split('\n## Models\n')[1].split('\n\n')[1], flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize('snippet', SNIPPETS, ids=range(1, len(SNIPPETS) + 1))
@@ -23,11 +23,15 @@ def test_snippet(snippet, digits_folder, tmp_path):
 
 
 def test_table_of_models():
+    """Parameters and multiply-adds, in millions, by depth and family."""
+    families, *rows = ([cell.strip(' `*') for cell in row.split('|')[1:-1]] for row in TABLE if '---' not in row)
+    costs = {family + depth: cell for depth, *cells in rows for family, cell in zip(families[1:], cells) if '(' in cell}
     names = {name for name in timm.list_models() if hasattr(timm_dresnet, name)}
-    assert {name for name, *_ in ROWS} == {name for name in names if not re.search('_gauss$|^test_', name)}
-    for name, parameters, multiply_adds, size in ROWS:
-        model = timm.create_model(name, num_classes=1000 if size == '224' else 10, device='meta').eval()
+    assert set(costs) == {name for name in names if not re.search('_gauss$|^test_', name)}
+    for name, cost in costs.items():
+        size, num_classes = (32, 10) if name.endswith('_cifar') else (224, 1000)
+        model = timm.create_model(name, num_classes=num_classes, device='meta').eval()
         with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, int(size), int(size), device='meta'))
-        measured = f'{sum(p.numel() for p in model.parameters()):,}', f'{counter.get_total_flops() / 2e6:,.0f}'
-        assert measured == (parameters, multiply_adds), name
+            model(torch.empty(1, 3, size, size, device='meta'))
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        assert cost == f'{parameters:.2f} ({counter.get_total_flops() / 2e6:,.0f})', name
