@@ -152,9 +152,9 @@ def signal_propagation(
     Returns:
         Three lists of records:
 
-        * ``blocks``, for the output of each block: ``block`` (its number), ``name``, ``mean``, ``variance`` (over images
-          and positions, averaged over channels; Brock et al., 2021) and ``gradient_norm`` (of the cross-entropy with
-          respect to this output).
+        * ``blocks``, for the output of each block: ``block`` (its number), ``name``, ``mean``, ``variance`` (over
+          images and positions, averaged over channels; Brock et al., 2021) and ``gradient_norm`` (of the cross-entropy
+          with respect to this output).
         * ``layers``, for each convolution and linear layer: ``name``, ``gradient_norm`` (of the cross-entropy with
           respect to its weight) and ``weight_norm``.
         * ``input_gradients``: ``distance`` of two points as a fraction of the line, and ``correlation``, the cosine of
