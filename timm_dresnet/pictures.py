@@ -118,7 +118,7 @@ def plot_connections(
         axes[0].axhline(1, color='grey', linewidth=0.8, linestyle='--', zorder=0, label='alpha of a ResNet')
         figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
     else:
-        figure = _figure(len(keys) * _width(names), _width(names) + 0.2, _title(model, name))
+        figure = _figure(len(keys) * _width(names), _width(names), _title(model, name))
         for ax, key in zip(figure.subplots(1, len(keys), squeeze=False).flat, keys):
             _draw_map(ax, records, names, key)
             ax.set(title='gate F(w)' if key == 'gate' else f"share of the target's input, {len(images)} images")
@@ -151,32 +151,29 @@ def plot_arcs(
     key = 'share' if images is not None else 'alpha' if isinstance(model, AdaResNet) else 'gate'
     label = dict(share="share of the target's input", gate='gate F(w)', alpha='skip weight alpha')[key]
     records.sort(key=lambda record: -abs(record[key]))
-    shown = [record for record in records[:None if isinstance(model, AdaResNet) else _MAX_ARCS] if record[key]]
+    most = len(records) if isinstance(model, AdaResNet) else _MAX_ARCS
+    shown, rest = [record for record in records[:most] if record[key]], records[most:]
     strongest = abs(records[0][key]) if shown else 1
     figure = _figure(_width(names, 6), 4.4, _title(model, name))
     axes = figure.subplots()
-    axes.plot(range(len(names)), [0] * len(names), color='grey', linewidth=1, zorder=1)
-    axes.scatter(range(len(names)), [0] * len(names), color='black', s=18, zorder=3)
-    longest = 1
+    axes.plot(range(len(names)), [0] * len(names), 'o-', color='black', linewidth=0.8, markersize=4, zorder=3)
+    highest = 1.
     for record in shown:
+        strength = abs(record[key]) / strongest
         target = record['target']
         source = record.get('source', target - 1)  # a shortcut skips its own block
-        strength = abs(record[key]) / strongest
-        longest = max(longest, target - source)
+        height = (target - source) ** 0.7
+        highest = max(highest, height)
         axes.add_patch(Arc(
-            ((source + target) / 2, 0), target - source, 2 * (target - source) ** 0.7, theta1=0, theta2=180,
+            ((source + target) / 2, 0), target - source, 2 * height, theta1=0, theta2=180,
             linewidth=0.3 + 4 * strength, alpha=0.25 + 0.6 * strength, zorder=2,
             color=_POSITIVE if record[key] > 0 else _NEGATIVE))
-    if len(shown) < len(records):
-        limit = abs(records[len(shown)][key])
-        axes.set_title(
-            f'the {len(shown)} strongest of {len(records)}, without {len(records) - len(shown)} of {limit:.2g} or less',
-            fontsize='medium')
+    if rest:
+        text = f'the {most} strongest of {len(records)}; {len(rest)} of {abs(rest[0][key]):.2g} or less are left out'
+        axes.set_title(text, fontsize='medium')
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.tick_params(length=0)
-    axes.set(xlim=(-0.7, len(names) - 0.3), ylim=(-0.06 * longest ** 0.7, 1.06 * longest ** 0.7))
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
+    axes.set(xlim=(-0.7, len(names) - 0.3), ylim=(-0.06 * highest, 1.06 * highest), yticks=[], frame_on=False)
     handles = [
         Line2D([], [], color=_POSITIVE, linewidth=0.3 + 4 * part, label=f'{part * strongest:.2g}')
         for part in (0.1, 0.5, 1)]
@@ -239,23 +236,19 @@ def plot_history(
     columns = min(len(panels), max(3, math.ceil(len(panels) ** 0.5)))
     count = math.ceil(len(panels) / columns)
     title = 'learned gates in training' if gates else 'learned skip weights in training'
-    figure = _figure(
-        2 + 2 * columns, max(1.1 + 1.8 * count, 1 + 0.2 * len(lines)), f'{name}: {title}' if name else title.capitalize())
-    axes = figure.subplots(count, columns, sharex=True, squeeze=False).flat
+    title = f'{name}: {title}' if name else title.capitalize()
+    figure = _figure(2 + 2 * columns, max(1.1 + 1.8 * count, 1 + 0.2 * len(lines)), title)
     handles = {}
-    for ax, (panel, histories) in zip(axes, panels.items()):
+    for i, (panel, histories) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(count, columns, i)
         for line, points in histories.items():
-            handles[line], = ax.plot(*zip(*points), color=colors[line])
-        low, high = ax.get_ylim()
+            handles[line], = axes.plot(*zip(*points), color=colors[line])
+        low, high = axes.get_ylim()
         spare = max(0, 0.05 - (high - low)) / 2  # so that small changes look small
-        ax.set(ylim=(low - spare, high + spare))
-        ax.set_title(f'into {panel}' if gates else panel, fontsize='medium')
-        ax.grid(alpha=0.3)
-    axes[0].xaxis.set_major_locator(MaxNLocator(5, integer=True))  # of all, which share it
-    for ax in axes[len(panels) - columns:len(panels)]:
-        ax.tick_params(labelbottom=True)
-    for ax in axes[len(panels):]:
-        ax.set_axis_off()
+        axes.set(ylim=(low - spare, high + spare))
+        axes.set_title(f'into {panel}' if gates else panel, fontsize='medium')
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.grid(alpha=0.3)
     figure.supxlabel('epochs trained', fontsize='medium')
     figure.supylabel('gate F(w)' if gates else 'skip weight alpha', fontsize='medium')
     figure.legend(
@@ -296,7 +289,6 @@ def plot_signal_propagation(
     for ax in axes[:2]:
         ax.set(yscale='log')
         low, high = ax.get_ylim()
-        middle = (low * high) ** 0.5
-        ax.set(ylim=(min(low, middle / 10), max(high, middle * 10)))  # two decades, so that small changes look small
+        ax.set(ylim=(min(low, high / 50), 2 * high))  # two decades, so that small changes look small
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=min(5, len(signals)))
     return _save(figure, path)

@@ -142,26 +142,43 @@ def draw(runs: Dict[str, List[Path]], folder: Path) -> None:
 
     Lines are means over the seeds, the bands about them go from the lowest to the highest.
     """
-    def save(curves: Dict[str, List[List[float]]], label: str, title: str, path: Path) -> None:
-        figure = Figure(figsize=(7, 4.5), layout='constrained')
-        axes = figure.subplots()
+    def save(curves: Dict[str, List[List[float]]], label: str, title: str, path: Path, zoom: bool = False) -> None:
+        figure = Figure(figsize=(9, 4.5), layout='constrained')
+        figure.suptitle(f'{folder.name}: {title}')
+        panels = figure.subplots(1, 1 + zoom, squeeze=False)[0]
+        last = {name: curve[1][-1] for name, curve in curves.items()}
         for i, (name, (epochs, mean, low, high)) in enumerate(curves.items()):
-            color = colormaps['tab10'](i % 10)
-            axes.plot(epochs, mean, '.-', color=color, label=name)
-            axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.set(title=title, xlabel='epoch', ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend()
+            for axes in panels:
+                color = colormaps['tab10'](i % 10)
+                axes.plot(epochs, mean, color=color, label=f'{name}: {last[name]:.2f}')
+                axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
+        for axes in panels:
+            axes.set(xlabel='epoch', ylabel=label)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(alpha=0.3)
+        if zoom:  # on the last third, of the models that end within a tenth of the scale from the best one
+            bottom, top = panels[0].get_ylim()
+            best = (max if 'accuracy' in label else min)(last.values())
+            near = [curve for name, curve in curves.items() if abs(last[name] - best) <= (top - bottom) / 10]
+            end = max(epochs[-1] for epochs, *_ in near)
+            ys = [y for epochs, _, *bands in near for band in bands for x, y in zip(epochs, band) if x >= end * 2 / 3]
+            panels[1].set(title='the last third', xlim=(end * 2 / 3, end), ylim=(min(ys), max(ys)))
+        handles, names = panels[0].get_legend_handles_labels()
+        order = sorted(range(len(names)), key=lambda i: -list(last.values())[i])  # as the lines lie
+        figure.legend(
+            [handles[i] for i in order], [names[i] for i in order], title='after the last epoch',
+            loc='outside right center')
         figure.savefig(path, dpi=150)
 
+    count = max(map(len, runs.values()))
+    seeds = '1 seed' if count == 1 else f'mean and range of {count} seeds'
     with beside(folder) as new:
         for kind, (label, columns) in _CURVES.items():
             curves = {model: _curve(folders, columns['validation']) for model, folders in runs.items()}
-            save(curves, label, 'Validation', new / f'{kind}.png')
+            save(curves, label, f'{label} in validation, {seeds}', new / f'{kind}.png', zoom=True)
             for model, folders in runs.items():
                 curves = {part: _curve(folders, column) for part, column in columns.items()}
-                save(curves, label, model, new / f'{_slug(model)}_{kind}.png')
+                save(curves, label, f'{label} of {model}, {seeds}', new / f'{_slug(model)}_{kind}.png')
 
 
 def main(argv: Optional[List[str]] = None) -> None:
