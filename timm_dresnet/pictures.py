@@ -143,7 +143,6 @@ def plot_arcs(
     Raises:
         ValueError: If the model has no learned connections, or is fused for inference.
     """
-    from matplotlib.lines import Line2D
     from matplotlib.patches import Arc
 
     records, model = connections(model, images), unwrap_model(model)
@@ -174,12 +173,11 @@ def plot_arcs(
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.tick_params(length=0)
     axes.set(xlim=(-0.7, len(names) - 0.3), ylim=(-0.06 * highest, 1.06 * highest), yticks=[], frame_on=False)
-    handles = [
-        Line2D([], [], color=_POSITIVE, linewidth=0.3 + 4 * part, label=f'{part * strongest:.2g}')
-        for part in (0.1, 0.5, 1)]
+    for part in (0.1, 0.5, 1):
+        axes.plot([], [], color=_POSITIVE, linewidth=0.3 + 4 * part, label=f'{part * strongest:.2g}')
     if any(record[key] < 0 for record in shown):
-        handles.append(Line2D([], [], color=_NEGATIVE, linewidth=2, label='negative'))
-    figure.legend(handles=handles, title=f'width: {label}', loc='outside lower center', ncols=4)
+        axes.plot([], [], color=_NEGATIVE, linewidth=2, label='negative')
+    figure.legend(title=f'width: {label}', loc='outside lower center', ncols=4)
     return _save(figure, path)
 
 
