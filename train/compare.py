@@ -160,7 +160,7 @@ def draw(runs: Dict[str, List[Path]], folder: Path) -> None:
                 epochs, mean, low, high = zip(*points)
                 axes.plot(epochs, mean, '.-', color=colors[name], label=f'{name}: {last[name]:.4g}')
                 axes.fill_between(epochs, low, high, color=colors[name], alpha=0.15, linewidth=0)
-            axes.set(title='last third, enlarged' if first else '', xlabel='epoch', ylabel=label)
+            axes.set(title=f'last third, the best {len(names)}' if first else '', xlabel='epoch', ylabel=label)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.3)
         handles = figure.axes[0].get_legend_handles_labels()  # in the order in which the lines end
