@@ -26,27 +26,19 @@ def part_of(part, whole):
     return (part.norm() / whole.norm()).item(), ((part * whole).sum() / (whole * whole).sum()).item()
 
 
-@pytest.mark.parametrize('gate', ['sigmoid', 'gauss', 'linear'])
-def test_records_of_a_dresnet(gate):
+@pytest.mark.parametrize('gate,value', [('sigmoid', 0.668188), ('gauss', 0.00744658), ('linear', 0.7)])  # k = 10
+def test_records_of_a_dresnet(gate, value):
     model = timm.create_model('dresnet18', gate=gate)
-    with torch.no_grad():
-        model.connections['layer3'].gates['7'].weight[2] = 0.7  # layer3's output is the input of block 7
     records = timm_dresnet.connections(model)
     assert [(r['target'], r['source']) for r in records] == [(i, k) for i in range(3, 9) for k in range(1, i - 1)]
-    record = next(r for r in records if (r['target'], r['source']) == (7, 3))
+    assert all(record['gate'] == pytest.approx(0.5 / (record['target'] - 2)) for record in records)
+    with torch.no_grad():
+        model.connections['layer3'].gates['7'].weight[2] = 0.7  # layer3's output is the input of block 7
+    record, = (r for r in timm_dresnet.connections(model) if (r['target'], r['source']) == (7, 3))
     assert (record['target_name'], record['source_name']) == ('layer4.0', 'layer2.0')
-    assert record['weight'] == pytest.approx(0.7)
-    value = {'sigmoid': 0.668188, 'gauss': 0.00744658, 'linear': 0.7}[gate]  # by hand, k = 10
-    assert record['gate'] == pytest.approx(value, rel=1e-4)
-    assert record.get('sharpness', 10.) == pytest.approx(10.)
-    assert ('sharpness' in record) == (gate == 'gauss')
-
-
-@pytest.mark.parametrize('kwargs', [dict(), dict(gate='gauss'), dict(gate='linear'), dict(connection_rank=4)], ids=str)
-def test_gates_of_a_block_start_with_a_sum_of_one_half(kwargs):
-    for record in timm_dresnet.connections(timm.create_model('dresnet18', **kwargs)):
-        assert record['gate'] == pytest.approx(0.5 / (record['target'] - 2))
-    model = timm.create_model('dresnet18', gate_init=0.3, **kwargs)
+    assert (record['weight'], record['gate']) == pytest.approx((0.7, value), rel=1e-4)
+    assert record.get('sharpness') == (pytest.approx(10.) if gate == 'gauss' else None)
+    model = timm.create_model('dresnet18', gate=gate, gate_init=0.3)
     assert all(record['gate'] == pytest.approx(0.3) for record in timm_dresnet.connections(model))
 
 
@@ -69,14 +61,11 @@ def test_wrapped(arch, wrap):
         assert arch in plot(wrap(model)).get_suptitle()
 
 
-@pytest.mark.parametrize('model,message', [
-    (timm.create_model('plainnet18', device='meta'), 'PlainNet'),
-    (timm.utils.reparameterize_model(timm.create_model('test_dresnet')), 'fused'),
-    (timm.utils.reparameterize_model(timm.create_model('test_adaresnet')), 'fused'),
-])
-def test_no_learned_connections(model, message):
-    with pytest.raises(ValueError, match=message):
-        timm_dresnet.connections(model)
+def test_no_learned_connections():
+    models = [timm.create_model(name) for name in ('plainnet18', 'test_dresnet', 'test_adaresnet')]
+    for model, message in zip(models, ('PlainNet', 'fused', 'fused')):
+        with pytest.raises(ValueError, match=message):
+            timm_dresnet.connections(timm.utils.reparameterize_model(model))
 
 
 @pytest.mark.parametrize('name,kwargs', [
@@ -207,14 +196,28 @@ def check_picture(path):
     assert image.getpixel((0, 0)) == (255, 255, 255)  # on dark pages too
 
 
+def check_labels(figure, count):
+    """That no two labels of blocks overlap."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    axes = max(figure.axes, key=lambda axes: len(axes.get_xticklabels()))
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        boxes = [label.get_window_extent(canvas.get_renderer()) for label in labels]
+        assert not any(box.overlaps(following) for box, following in zip(boxes, boxes[1:]))
+    assert count - 2 <= len(axes.get_xticklabels()) <= count + 1
+
+
 @pytest.mark.parametrize('plot', [timm_dresnet.plot_connections, timm_dresnet.plot_arcs])
-@pytest.mark.parametrize('arch,keep', [('dresnet50', None), ('adaresnet18', None), ('dresnet18', 0.5), ('dresnet18', 0.)])
-def test_picture(plot, arch, keep, tmp_path):
+@pytest.mark.parametrize('arch,keep,blocks', [
+    ('dresnet18', 0.5, 8), ('dresnet18', 0., 8), ('dresnet56_cifar', 1., 27), ('adaresnet18', 1., 8),
+    ('adaresnet110_cifar', 1., 54),
+])
+def test_picture(plot, arch, keep, blocks, tmp_path):
     model = timm.create_model(arch)
-    if keep is not None:
+    if keep < 1:
         timm_dresnet.prune_connections(model, keep=keep)
     for x in (None, images()):
-        plot(model, tmp_path / 'connections.png', x)
+        check_labels(plot(model, tmp_path / 'connections.png', x), blocks)
         check_picture(tmp_path / 'connections.png')
 
 
@@ -229,22 +232,10 @@ def test_title_names_the_model(plot, tmp_path):
     assert plot(model).get_suptitle().startswith('test_dresnet: ')
 
 
-@pytest.mark.parametrize('arch,names', [('dresnet18', 8), ('dresnet101', 33), ('adaresnet110_cifar', 54)])
-@pytest.mark.parametrize('plot', [timm_dresnet.plot_connections, timm_dresnet.plot_arcs])
-def test_labels_do_not_overlap(plot, arch, names):
-    canvas = FigureCanvasAgg(plot(timm.create_model(arch)))
-    canvas.draw()
-    axes = canvas.figure.axes[0]
-    assert names - 2 <= len(axes.get_xticklabels()) <= names + 1
-    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
-        boxes = [label.get_window_extent(canvas.get_renderer()) for label in labels]
-        assert not any(box.overlaps(following) for box, following in zip(boxes, boxes[1:]))
-
-
 def test_arcs_of_deep_networks_are_the_strongest():
     axes, = timm_dresnet.plot_arcs(timm.create_model('dresnet50')).axes
     assert len(axes.patches) == 30
-    assert axes.get_title() == 'the 30 strongest of 105; 75 of 0.071 or less are left out'  # the 31st is 0.5 / 7
+    assert axes.get_title() == 'the 30 strongest of 105; 75 of 0.0625 or less are left out'  # 0.5 / 8
 
 
 @pytest.mark.parametrize('name,panels,lines', [('dresnet18.tiny_in', 6, 21), ('adaresnet20_cifar.c10', 3, 9)])

@@ -148,7 +148,7 @@ def plot_arcs(
     records, model = connections(model, images), unwrap_model(model)
     names = ['stem', *(block for block, _ in blocks(model))]
     key = 'share' if images is not None else 'alpha' if isinstance(model, AdaResNet) else 'gate'
-    label = dict(share="share of the target's input", gate='gate F(w)', alpha='skip weight alpha')[key]
+    label = dict(share='share of the sum it is added to', gate='gate F(w)', alpha='skip weight alpha')[key]
     records.sort(key=lambda record: -abs(record[key]))
     most = len(records) if isinstance(model, AdaResNet) else _MAX_ARCS
     shown, rest = [record for record in records[:most] if record[key]], records[most:]
@@ -168,7 +168,7 @@ def plot_arcs(
             linewidth=0.3 + 4 * strength, alpha=0.25 + 0.6 * strength, zorder=2,
             color=_POSITIVE if record[key] > 0 else _NEGATIVE))
     if rest:
-        text = f'the {most} strongest of {len(records)}; {len(rest)} of {abs(rest[0][key]):.2g} or less are left out'
+        text = f'the {most} strongest of {len(records)}; {len(rest)} of {abs(rest[0][key]):.3g} or less are left out'
         axes.set_title(text, fontsize='medium')
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.tick_params(length=0)
