@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
+from timm.models import save_for_hf
 from timm.utils import ModelEmaV3
 
 import naive
@@ -25,27 +26,19 @@ def part_of(part, whole):
     return (part.norm() / whole.norm()).item(), ((part * whole).sum() / (whole * whole).sum()).item()
 
 
-@pytest.mark.parametrize('gate', ['sigmoid', 'gauss', 'linear'])
-def test_records_of_a_dresnet(gate):
+@pytest.mark.parametrize('gate,value', [('sigmoid', 0.668188), ('gauss', 0.00744658), ('linear', 0.7)])  # k = 10
+def test_records_of_a_dresnet(gate, value):
     model = timm.create_model('dresnet18', gate=gate)
-    with torch.no_grad():
-        model.connections['layer3'].gates['7'].weight[2] = 0.7  # layer3's output is the input of block 7
     records = timm_dresnet.connections(model)
     assert [(r['target'], r['source']) for r in records] == [(i, k) for i in range(3, 9) for k in range(1, i - 1)]
-    record = next(r for r in records if (r['target'], r['source']) == (7, 3))
+    assert all(record['gate'] == pytest.approx(0.5 / (record['target'] - 2)) for record in records)
+    with torch.no_grad():
+        model.connections['layer3'].gates['7'].weight[2] = 0.7  # layer3's output is the input of block 7
+    record, = (r for r in timm_dresnet.connections(model) if (r['target'], r['source']) == (7, 3))
     assert (record['target_name'], record['source_name']) == ('layer4.0', 'layer2.0')
-    assert record['weight'] == pytest.approx(0.7)
-    value = {'sigmoid': 0.668188, 'gauss': 0.00744658, 'linear': 0.7}[gate]  # by hand, k = 10
-    assert record['gate'] == pytest.approx(value, rel=1e-4)
-    assert record.get('sharpness', 10.) == pytest.approx(10.)
-    assert ('sharpness' in record) == (gate == 'gauss')
-
-
-@pytest.mark.parametrize('kwargs', [dict(), dict(gate='gauss'), dict(gate='linear'), dict(connection_rank=4)], ids=str)
-def test_gates_of_a_block_start_with_a_sum_of_one_half(kwargs):
-    for record in timm_dresnet.connections(timm.create_model('dresnet18', **kwargs)):
-        assert record['gate'] == pytest.approx(0.5 / (record['target'] - 2))
-    model = timm.create_model('dresnet18', gate_init=0.3, **kwargs)
+    assert (record['weight'], record['gate']) == pytest.approx((0.7, value), rel=1e-4)
+    assert record.get('sharpness') == (pytest.approx(10.) if gate == 'gauss' else None)
+    model = timm.create_model('dresnet18', gate=gate, gate_init=0.3)
     assert all(record['gate'] == pytest.approx(0.3) for record in timm_dresnet.connections(model))
 
 
@@ -59,29 +52,24 @@ def test_records_of_an_adaresnet():
     assert [r['target_name'] for r in records][:3] == ['layer1.0', 'layer1.1', 'layer2.0']
 
 
-@pytest.mark.parametrize('wrap', [
-    nn.DataParallel, ModelEmaV3, lambda model: torch.compile(ModelEmaV3(model)), torch.compile,
-], ids=['parallel', 'moving average', 'both', 'compiled'])
+@pytest.mark.parametrize('wrap', [nn.DataParallel, lambda model: torch.compile(ModelEmaV3(model))])
 @pytest.mark.parametrize('arch', ['test_dresnet', 'test_adaresnet'])
 def test_wrapped(arch, wrap):
     model = timm.create_model(arch).eval()
     assert timm_dresnet.connections(wrap(model), images()) == timm_dresnet.connections(model, images())
+    for plot in (timm_dresnet.plot_connections, timm_dresnet.plot_arcs):
+        assert arch in plot(wrap(model)).get_suptitle()
 
 
 def test_no_learned_connections():
-    with pytest.raises(ValueError, match='PlainNet'):
-        timm_dresnet.connections(timm.create_model('plainnet18', device='meta'))
-
-
-@pytest.mark.parametrize('arch', ['test_dresnet', 'test_adaresnet'])
-def test_fused(arch):
-    with pytest.raises(ValueError, match='fused'):
-        timm_dresnet.connections(timm.utils.reparameterize_model(timm.create_model(arch)))
+    models = [timm.create_model(name) for name in ('plainnet18', 'test_dresnet', 'test_adaresnet')]
+    for model, message in zip(models, ('PlainNet', 'fused', 'fused')):
+        with pytest.raises(ValueError, match=message):
+            timm_dresnet.connections(timm.utils.reparameterize_model(model))
 
 
 @pytest.mark.parametrize('name,kwargs', [
-    ('dresnet18', dict(gate='sigmoid')), ('dresnet18', dict(gate='gauss', connection_rank=5)),
-    ('dresnet20_cifar', dict(gate='linear')),
+    ('dresnet18', dict(gate='gauss', connection_rank=5)), ('dresnet20_cifar', dict(gate='linear')),
 ], ids=str)
 @torch.no_grad()
 def test_what_comes_through_each_connection(name, kwargs):
@@ -107,10 +95,9 @@ def test_what_comes_through_each_connection(name, kwargs):
         outputs.append(y)
 
 
-@pytest.mark.parametrize('name', ['adaresnet18', 'adaresnet50'])
 @torch.no_grad()
-def test_what_comes_through_each_shortcut(name):
-    model = create(name).eval()
+def test_what_comes_through_each_shortcut():
+    model = create('adaresnet18').eval()
     for j, parameter in enumerate(p for n, p in model.named_parameters() if n.endswith('alpha')):
         parameter.fill_(0.3 * (-1) ** j)
     records = timm_dresnet.connections(model, images(dtype=torch.float64))
@@ -125,6 +112,11 @@ def test_what_comes_through_each_shortcut(name):
         x = F.relu(branch + shortcut)
 
 
+def state_of(model):
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    return hooks, [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
+
+
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize('measure', [timm_dresnet.connections, timm_dresnet.signal_propagation])
 @pytest.mark.parametrize('name', ['test_dresnet', 'test_adaresnet'])
@@ -132,20 +124,15 @@ def test_measuring_leaves_no_trace(name, measure, training):
     model = timm.create_model(name).train(training)
     model.layer2.eval()
     model.conv1.weight.requires_grad_(False)
-    modes = [module.training for module in model.modules()]
-    state = {key: value.clone() for key, value in model.state_dict().items()}
+    before = state_of(model)
+    tensors = {key: value.clone() for key, value in model.state_dict().items()}
     measure(model, images())
-    assert [module.training for module in model.modules()] == modes
-    assert not any(
-        getattr(module, hooks) for module in model.modules() for hooks in ('_forward_hooks', '_forward_pre_hooks'))
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters()) and not model.conv1.weight.requires_grad
-
+    assert state_of(model) == before
+    assert all(torch.equal(value, tensors[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
     with pytest.raises(RuntimeError):
         measure(model, images()[:, :1])
-    assert [module.training for module in model.modules()] == modes
-    assert not any(
-        getattr(module, hooks) for module in model.modules() for hooks in ('_forward_hooks', '_forward_pre_hooks'))
+    assert state_of(model) == before
 
 
 def test_signal_of_a_network():
@@ -177,55 +164,22 @@ def test_signal_of_a_network():
     assert correlations[0]['correlation'] == pytest.approx(1) and -1 <= correlations[2]['correlation'] < 1
 
 
-def signal_of(name, init=None, **kwargs):
-    torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs)
-    if init is not None:
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                init(module.weight)
-    signal = timm_dresnet.signal_propagation(model, images(8))
-    blocks = signal['blocks']
-    return (
-        [record['variance'] for record in blocks],
-        [record['gradient_norm'] for record in blocks],
-        [record['correlation'] for record in signal['input_gradients']],
-    )
+def test_signal_of_deep_networks():
+    def measure(name, **kwargs):
+        torch.manual_seed(0)
+        signal = timm_dresnet.signal_propagation(timm.create_model(name, **kwargs), images(8))
+        variances, gradients = ([block[key] for block in signal['blocks']] for key in ('variance', 'gradient_norm'))
+        return variances, gradients, [record['correlation'] for record in signal['input_gradients']]
 
-
-def test_variance_grows_with_depth_where_nothing_normalizes():
-    # with He's initialization a branch puts out the variance that it takes in, less what zero padding costs: each of
-    # the 27 blocks nearly doubles it (Zhang et al., arXiv:1901.09321, section 2)
-    variances, *_ = signal_of('resnet56_cifar', norm_layer=nn.Identity, zero_init_last=False)
+    variances, gradients, correlations = measure('resnet56_cifar')
+    assert 0.5 < variances[-1] / variances[0] < 2 and 0.1 < gradients[0] / gradients[-1] < 10
+    assert correlations[1] > 0.7 and correlations[1] > correlations[4] > correlations[16]
+    # without norms, each of the 27 blocks nearly doubles the variance (Zhang et al., arXiv:1901.09321, section 2)
+    variances, *_ = measure('resnet56_cifar', norm_layer=nn.Identity, zero_init_last=False)
     assert 1.5 ** 26 < variances[-1] / variances[0] < 2 ** 26
-    variances, *_ = signal_of('resnet56_cifar')
-    assert 0.5 < variances[-1] / variances[0] < 2
-    variances, *_ = signal_of('dresnet20_cifar', gate_init=0.5)
-    assert variances[3] < variances[4] < variances[5]  # what the connections of its second stage have added
-
-
-def test_gradients_vanish_in_deep_plain_networks():
-    # Glorot and Bengio's initialization halves their square at every layer of rectifiers (He et al., arXiv:1502.01852)
-    _, gradients, _ = signal_of('plainnet56_cifar', nn.init.xavier_normal_, norm_layer=nn.Identity)
-    assert gradients[0] < 1e-4 * gradients[-1]
-    _, gradients, _ = signal_of('plainnet56_cifar', norm_layer=nn.Identity)
-    assert 0.05 < gradients[0] / gradients[-1] < 20
-    _, gradients, _ = signal_of('resnet56_cifar')
-    assert 0.1 < gradients[0] / gradients[-1] < 10
-    # and batch norm makes them explode (Yang et al., arXiv:1902.08129)
-    _, gradients, _ = signal_of('plainnet56_cifar')
-    assert gradients[0] > 100 * gradients[-1]
-
-
-def test_shattered_gradients():
-    plain, residual, zero, one = [
-        signal_of(name, **kwargs)[2] for name, kwargs in (
-            ('plainnet56_cifar', {}), ('resnet56_cifar', {}), ('adaresnet56_cifar', {}),
-            ('adaresnet56_cifar', dict(skip_init=1.)))]
-    assert abs(plain[1]) < 0.1 and abs(zero[1]) < 0.1  # without shortcuts, white noise
-    assert residual[1] > 0.7 and residual[1] > residual[4] > residual[16]
-    assert one == pytest.approx(residual, abs=1e-3)
-    assert signal_of('dresnet56_cifar')[2][1] > 0.7
+    # without shortcuts, batch norm makes gradients explode (Yang et al., arXiv:1902.08129), and they are white noise
+    _, gradients, correlations = measure('plainnet56_cifar')
+    assert gradients[0] > 100 * gradients[-1] and abs(correlations[1]) < 0.1
 
 
 @pytest.mark.parametrize('model,shape,message', [
@@ -242,38 +196,65 @@ def check_picture(path):
     assert image.getpixel((0, 0)) == (255, 255, 255)  # on dark pages too
 
 
-@pytest.mark.parametrize('plot', [timm_dresnet.plot_connections, timm_dresnet.plot_arcs])
-@pytest.mark.parametrize('arch,keep', [
-    ('test_dresnet', None), ('dresnet50', None), ('adaresnet18', None), ('dresnet18', 0.5), ('dresnet18', 0.),
-])
-def test_picture(plot, arch, keep, tmp_path):
-    model = timm.create_model(arch)
-    if keep is not None:
-        timm_dresnet.prune_connections(model, keep=keep)
-    for x in (None, images()):
-        plot(model, tmp_path / 'connections.png', x)
-        check_picture(tmp_path / 'connections.png')
-
-
-@pytest.mark.parametrize('arch,names', [
-    ('dresnet18', 8), ('adaresnet18', 8), ('dresnet101', 33), ('adaresnet152', 50), ('adaresnet110_cifar', 54)])
-@pytest.mark.parametrize('plot', [timm_dresnet.plot_connections, timm_dresnet.plot_arcs])
-def test_labels_do_not_overlap(plot, arch, names):
-    canvas = FigureCanvasAgg(plot(timm.create_model(arch)))
+def check_labels(figure, count):
+    """That no two labels of blocks overlap."""
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    axes = canvas.figure.axes[0]
-    assert names - 2 <= len(axes.get_xticklabels()) <= names + 1
+    axes = max(figure.axes, key=lambda axes: len(axes.get_xticklabels()))
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
         boxes = [label.get_window_extent(canvas.get_renderer()) for label in labels]
         assert not any(box.overlaps(following) for box, following in zip(boxes, boxes[1:]))
+    assert count - 2 <= len(axes.get_xticklabels()) <= count + 1
+
+
+@pytest.mark.parametrize('plot', [timm_dresnet.plot_connections, timm_dresnet.plot_arcs])
+@pytest.mark.parametrize('arch,keep,blocks', [
+    ('dresnet18', 0.5, 8), ('dresnet18', 0., 8), ('dresnet56_cifar', 1., 27), ('adaresnet18', 1., 8),
+    ('adaresnet110_cifar', 1., 54),
+])
+def test_picture(plot, arch, keep, blocks, tmp_path):
+    model = timm.create_model(arch)
+    if keep < 1:
+        timm_dresnet.prune_connections(model, keep=keep)
+    for x in (None, images()):
+        check_labels(plot(model, tmp_path / 'connections.png', x), blocks)
+        check_picture(tmp_path / 'connections.png')
+
+
+@pytest.mark.parametrize('plot', [timm_dresnet.plot_connections, timm_dresnet.plot_arcs])
+def test_title_names_the_model(plot, tmp_path):
+    model = timm.create_model('test_dresnet', pretrained=True)
+    assert plot(model).get_suptitle().startswith('test_dresnet.c10: ')
+    assert plot(model, name='mine').get_suptitle().startswith('mine: ')
+    save_for_hf(model, tmp_path / 'run', safe_serialization=True)
+    assert plot(timm.create_model(f'local-dir:{tmp_path / "run"}')).get_suptitle().startswith('run (test_dresnet): ')
+    model.reset_classifier(3)  # no longer the model of that tag
+    assert plot(model).get_suptitle().startswith('test_dresnet: ')
+
+
+def test_arcs_of_deep_networks_are_the_strongest():
+    axes, = timm_dresnet.plot_arcs(timm.create_model('dresnet50')).axes
+    assert len(axes.patches) == 30
+    assert axes.get_title() == 'the 30 strongest of 105; 75 of 0.0625 or less are left out'  # 0.5 / 8
+
+
+@pytest.mark.parametrize('name,panels,lines', [('dresnet18.tiny_in', 6, 21), ('adaresnet20_cifar.c10', 3, 9)])
+def test_history(name, panels, lines, tmp_path):
+    with (ROOT / 'hub/zoo' / name / 'connections.csv').open() as f:
+        rows = list(csv.DictReader(f))
+    rows += [{**row, 'epoch': -1} for row in rows if row['epoch'] == '0']  # before training
+    figure = timm_dresnet.plot_history(sorted(rows, key=lambda row: int(row['epoch'])), tmp_path / 'history.png', name)
+    check_picture(tmp_path / 'history.png')
+    drawn = [line for axes in figure.axes for line in axes.get_lines()]
+    assert len(figure.axes) == panels and len(drawn) == lines and name in figure.get_suptitle()
+    assert all(line.get_xdata()[0] == 0 for line in drawn)
+    with pytest.raises(ValueError, match='rows is empty'):
+        timm_dresnet.plot_history([])
 
 
 def test_other_pictures(tmp_path):
     timm_dresnet.plot_gates(tmp_path / 'gates.png')
     check_picture(tmp_path / 'gates.png')
-    with (ROOT / 'hub/zoo/test_dresnet.c10/connections.csv').open() as f:
-        timm_dresnet.plot_history(list(csv.DictReader(f)), tmp_path / 'history.png')
-    check_picture(tmp_path / 'history.png')
     signals = {name: timm_dresnet.signal_propagation(timm.create_model(name), images()) for name in (
         'resnet20_cifar', 'test_adaresnet')}
     figure = timm_dresnet.plot_signal_propagation(signals, tmp_path / 'signal.png')

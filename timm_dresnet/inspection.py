@@ -1,4 +1,4 @@
-"""What a network's learned connections have become, and how the signal gets through it, as plain records.
+"""Records of a network's learned connections, and of how activations and gradients propagate through it.
 
 Papers:
 * `The Shattered Gradients Problem: If resnets are the answer, then what is the question?` -
@@ -7,6 +7,7 @@ Papers:
   https://arxiv.org/abs/2101.08692
 """
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
@@ -40,46 +41,35 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _measure(part: torch.Tensor, whole: torch.Tensor) -> Dict[str, float]:
+def _compare(part: torch.Tensor, whole: torch.Tensor) -> Dict[str, float]:
     part, whole = part.double(), whole.double()
     square = whole.square().sum()
     return dict(effect=(part.square().sum() / square).sqrt().item(), share=((part * whole).sum() / square).item())
 
 
-def _measure_dresnet(model: DResNet, images: torch.Tensor) -> Dict[Tuple[int, int], Dict[str, float]]:
-    """What each connection, (target, source), adds to its target's input."""
-    parts, measures = {}, {}
+def _measure(model: nn.Module, images: torch.Tensor) -> Dict[Tuple[int, Optional[int]], Dict[str, float]]:
+    """Effect and share of each connection, by (target, source), or of each shortcut, by (target, None)."""
+    parts, measures, numbers = {}, {}, count(1)
 
-    def note(projection: Projection, args: Tuple[torch.Tensor, ...], x: torch.Tensor) -> None:
-        parts.update(((i, projection.sources[0]), part)
-                     for i, part in zip(projection.targets, x.clone().chunk(len(projection.targets), dim=1)))
+    def keep(projection: Projection, args: Tuple[torch.Tensor, ...], x: torch.Tensor) -> None:
+        chunks = x.clone().chunk(len(projection.targets), dim=1)
+        parts.update(((i, projection.sources[0]), chunk) for i, chunk in zip(projection.targets, chunks))
 
-    def measure(stage: Connections, args: Tuple[torch.Tensor, Flow], x: torch.Tensor) -> None:
+    def compare_parts(stage: Connections, args: Tuple[torch.Tensor, Flow], x: torch.Tensor) -> None:
         i = args[1].block
-        for k in stage.sources.get(i, ()):
+        for k in stage.sources[i]:
             part = parts.pop((i, k))
-            measures[i, k] = _measure(stage.expansions[str(i)](part) if stage.expansions else part, x)
+            measures[i, k] = _compare(stage.expansions[str(i)](part) if stage.expansions else part, x)
 
+    def compare_shortcut(skip_weight: SkipWeight, args: Tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> None:
+        measures[next(numbers), None] = _compare(skip_weight.alpha * args[1], x)
+
+    hooks = {Projection: keep, Connections: compare_parts, SkipWeight: compare_shortcut}
     with _eval_mode(model), ExitStack() as stack:
-        for stage in model.connections.values():
-            stack.enter_context(stage.register_forward_hook(measure))
-            for projection in stage.projections.values():
-                stack.enter_context(projection.register_forward_hook(note))
-        model(images)
-    return measures
-
-
-def _measure_adaresnet(model: AdaResNet, images: torch.Tensor) -> Dict[str, Dict[str, float]]:
-    """What the shortcut of each block, by name, adds to its sum."""
-    measures = {}
-    names = iter([name for name, _ in blocks(model)])
-
-    def measure(skip_weight: SkipWeight, args: Tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> None:
-        measures[next(names)] = _measure(skip_weight.alpha * args[1], x)
-
-    with _eval_mode(model), ExitStack() as stack:
-        for skip_weight in {block.skip_weight for _, block in blocks(model)}:  # which blocks may share
-            stack.enter_context(skip_weight.register_forward_hook(measure))
+        for module in model.modules():  # which lists a skip weight that blocks share once
+            for kind, hook in hooks.items():
+                if isinstance(module, kind):
+                    stack.enter_context(module.register_forward_hook(hook))
         model(images)
     return measures
 
@@ -89,7 +79,7 @@ def connections(model: nn.Module, images: Optional[torch.Tensor] = None) -> List
     """List the learned connections of a network.
 
     Args:
-        model: A DResNet or an AdaResNet; compiled, in parallel or a moving average as well.
+        model: A DResNet or an AdaResNet, also inside `torch.compile`, `DataParallel` or an EMA.
         images: Images to measure on, preprocessed, `[B, C, H, W]`.
 
     Returns:
@@ -99,34 +89,33 @@ def connections(model: nn.Module, images: Optional[torch.Tensor] = None) -> List
           for Gauss gates, ``sharpness`` (k).
         * AdaResNet: ``target``, ``target_name``, ``kind`` ('identity' or 'projection') and ``alpha``.
 
-        On ``images``, also what the connection adds to the input of its target (or the shortcut to the sum that the
-        block's last activation takes): ``effect``, its norm over the norm of the whole, and ``share``, its inner
-        product with the whole over the square of that norm. Shares may be negative; those of all that is added, what
-        comes without a connection included, sum to 1.
+        With ``images``, each record also compares what the connection adds with the whole sum, which is the input of
+        its target block (for a shortcut: the sum before the block's last activation): ``effect`` is the ratio of their
+        norms, ``share`` their inner product over the squared norm of the sum. A share may be negative. The shares of
+        all summands, the output of the block before (or the residual branch) included, add up to 1.
 
     Raises:
-        ValueError: If the model has no learned connections, or is fused for inference, or there is no image.
+        ValueError: If the model has no learned connections or is fused for inference, or if ``images`` is empty.
     """
     if images is not None and not len(images):
-        raise ValueError('there is nothing to measure on: images is empty.')
+        raise ValueError('images is empty: connections are measured on at least one image.')
     model = unwrap_model(model)
     if not isinstance(model, (AdaResNet, DResNet)):
         raise ValueError(f'connections are learned in a DResNet or an AdaResNet, got a {type(model).__name__}.')
     if model.fused:
-        raise ValueError('a fused model has lost gates or skip weights: look at the one that it was made from.')
+        raise ValueError('a fused model has no gates or skip weights left: use the model from before fusing.')
+    measures = {} if images is None else _measure(model, images)
     if isinstance(model, AdaResNet):
-        measures = {} if images is None else _measure_adaresnet(model, images)
         return [
             dict(
                 target=i,
                 target_name=name,
                 kind='identity' if block.downsample is None else 'projection',
                 alpha=block.skip_weight.alpha.item(),
-                **measures.get(name, {}),
+                **measures.get((i, None), {}),
             )
             for i, (name, block) in enumerate(blocks(model), start=1)
         ]
-    measures = {} if images is None else _measure_dresnet(model, images)
     names = [name for name, _ in blocks(model)]
     records = []
     for stage in model.connections.values():
@@ -148,37 +137,39 @@ def signal_propagation(
         targets: Optional[torch.Tensor] = None,
         num_points: int = 32,
 ) -> Dict[str, List[Dict[str, Any]]]:
-    """Measure how activations and gradients get through a network, at initialization or after training.
+    """Measure how activations and gradients propagate through a network, at initialization or after training.
 
-    The mode that the model is in counts: in training mode, norms take their statistics from the images. The model is
-    left as it was, running statistics and gradients included.
+    In training mode, norms take their statistics from the images; in evaluation mode, they use their running
+    statistics. The model is left unchanged, running statistics and gradients included.
 
     Args:
-        model: One of timm's ResNets, or any network of this package.
+        model: A ResNet of timm, or any network of this package.
         images: At least two images, preprocessed, `[B, C, H, W]`.
-        targets: Their classes, `[B]`, for the loss whose gradient is taken. Without them, random ones.
-        num_points: Number of points on the line from the first image to the second at which the gradient with respect
-            to the input is compared.
+        targets: Their classes, `[B]`, for the cross-entropy whose gradient is taken. Random if not given.
+        num_points: Number of points, evenly spaced on the line from the first image to the second, at which gradients
+            with respect to the input are compared.
 
     Returns:
         Three lists of records:
 
-        * ``blocks``, of the output of each block: ``block``, ``name``, ``mean``, ``variance``, that of a channel over
-          images and positions, averaged over channels (Brock et al., 2021), and ``gradient_norm``, that of the
-          cross-entropy with respect to it.
-        * ``layers``, of each convolution and linear layer: ``name``, ``gradient_norm`` (of the cross-entropy with
+        * ``blocks``, for the output of each block: ``block`` (its number), ``name``, ``mean``, ``variance`` (over
+          images and positions, averaged over channels; Brock et al., 2021) and ``gradient_norm`` (of the cross-entropy
+          with respect to this output).
+        * ``layers``, for each convolution and linear layer: ``name``, ``gradient_norm`` (of the cross-entropy with
           respect to its weight) and ``weight_norm``.
         * ``input_gradients``: ``distance`` of two points as a fraction of the line, and ``correlation``, the cosine of
-          the gradients there, averaged over all points that far apart. The gradients are those of one random
-          combination of the network's outputs. Where they are shattered (Balduzzi et al., 2017), it falls to 0 at once.
+          the gradients at these points, averaged over all pairs at this distance. The function differentiated is a
+          fixed random combination of the outputs. Where gradients are shattered (Balduzzi et al., 2017), the
+          correlation is near 0 at any distance but 0.
 
     Raises:
-        ValueError: If the model is not a ResNet, or there are fewer than two images or points.
+        ValueError: If the model is not a ResNet, or there are fewer than two images or two points.
     """
     if not isinstance(model, resnet.ResNet):
-        raise ValueError(f"signal_propagation is for ResNets, timm's or of this package, got a {type(model).__name__}.")
+        raise ValueError(f'signal_propagation takes ResNets of timm or this package, got a {type(model).__name__}.')
     if len(images) < 2 or num_points < 2:
-        raise ValueError(f'signal_propagation needs two images and points or more, got {len(images)} and {num_points}.')
+        raise ValueError(
+            f'signal_propagation needs at least two images and two points, got {len(images)} and {num_points}.')
     generator = torch.Generator().manual_seed(0)
     weights = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()}
 

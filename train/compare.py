@@ -142,26 +142,41 @@ def draw(runs: Dict[str, List[Path]], folder: Path) -> None:
 
     Lines are means over the seeds, the bands about them go from the lowest to the highest.
     """
-    def save(curves: Dict[str, List[List[float]]], label: str, title: str, path: Path) -> None:
-        figure = Figure(figsize=(7, 4.5), layout='constrained')
-        axes = figure.subplots()
-        for i, (name, (epochs, mean, low, high)) in enumerate(curves.items()):
-            color = colormaps['tab10'](i % 10)
-            axes.plot(epochs, mean, '.-', color=color, label=name)
-            axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.set(title=title, xlabel='epoch', ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend()
+    def save(curves: Dict[str, List[List[float]]], label: str, title: str, path: Path, zoom: bool = False) -> None:
+        curves = {name: curve for name, curve in curves.items() if curve[0]}  # none in training with mixup
+        last = {name: mean[-1] for name, (_, mean, _, _) in curves.items()}
+        colors = {name: colormaps['tab10'](i % 10) for i, name in enumerate(curves)}
+        panels = [(0., sorted(curves, key=lambda name: -last[name]))]
+        if zoom:  # on the last third, of the models that end within a tenth of the scale of the best one
+            means = [value for _, mean, _, _ in curves.values() for value in mean]
+            best = (max if 'accuracy' in label else min)(last.values())
+            near = [name for name in panels[0][1] if abs(last[name] - best) <= (max(means) - min(means)) / 10]
+            panels.append((min(curves[name][0][-1] for name in near) * 2 / 3, near))
+        figure = Figure(figsize=(9, 4.5), layout='constrained')
+        figure.suptitle(f'{folder.name}: {title}')
+        for axes, (first, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+            for name in names:
+                points = [point for point in zip(*curves[name]) if point[0] >= first]
+                epochs, mean, low, high = zip(*points)
+                axes.plot(epochs, mean, '.-', color=colors[name], label=f'{name}: {last[name]:.4g}')
+                axes.fill_between(epochs, low, high, color=colors[name], alpha=0.15, linewidth=0)
+            axes.set(title=f'last third, the best {len(names)}' if first else '', xlabel='epoch', ylabel=label)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(alpha=0.3)
+        handles = figure.axes[0].get_legend_handles_labels()  # in the order in which the lines end
+        figure.legend(*handles, title='after the last epoch', loc='outside right center')
         figure.savefig(path, dpi=150)
 
+    count = max(map(len, runs.values()))
+    seeds = '1 seed' if count == 1 else f'mean and range of {count} seeds'
     with beside(folder) as new:
         for kind, (label, columns) in _CURVES.items():
+            noun = label.split(',')[0]
             curves = {model: _curve(folders, columns['validation']) for model, folders in runs.items()}
-            save(curves, label, 'Validation', new / f'{kind}.png')
+            save(curves, label, f'{noun} in validation, {seeds}', new / f'{kind}.png', zoom=True)
             for model, folders in runs.items():
                 curves = {part: _curve(folders, column) for part, column in columns.items()}
-                save(curves, label, model, new / f'{_slug(model)}_{kind}.png')
+                save(curves, label, f'{noun} of {model}, {seeds}', new / f'{_slug(model)}_{kind}.png')
 
 
 def main(argv: Optional[List[str]] = None) -> None:

@@ -28,7 +28,8 @@ def has_connections(model: nn.Module) -> bool:
 def plot_curves(summary: Path, path: Path) -> None:
     """Draw loss and accuracy, in training and validation, over the epochs of a `summary.csv`."""
     rows = read_csv(summary)
-    figure = Figure(figsize=(9, 3.6), layout='constrained')
+    figure = Figure(figsize=(9, 4.8), layout='constrained')
+    figure.suptitle(f'{summary.resolve().parent.name}: loss and accuracy')
     losses, accuracies = figure.subplots(1, 2)
     for axes, columns in (
             (losses, {'train_loss': 'training (as augmented and smoothed)', 'eval_loss': 'validation'}),
@@ -41,13 +42,13 @@ def plot_curves(summary: Path, path: Path) -> None:
         for (column, label), style in zip(columns.items(), ('.-', '.--', '.:')):
             points = [(int(row['epoch']) + 1, float(row[column])) for row in rows if row.get(column)]
             if points:
-                axes.plot(*zip(*points), style, label=label)
+                axes.plot(*zip(*points), style, label=f'{label}: {points[-1][1]:.4g}')
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel='epoch')
         axes.grid(alpha=0.3)
-        axes.legend()
-    losses.set(title='Loss', ylabel='loss')
-    accuracies.set(title='Accuracy', ylabel='accuracy, %')
+        axes.legend(title='after the last epoch', fontsize='small', loc='upper center', bbox_to_anchor=(0.5, -0.13))
+    losses.set(ylabel='cross-entropy loss')
+    accuracies.set(ylabel='accuracy, %')
     figure.savefig(path, dpi=150)
 
 
