@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from timm.utils import reparameterize_model
-from timm_dresnet.untrusted import load_folder
+from timm_dresnet.folders import load_folder
 
 from conftest import ROOT
 from hub import cards, package, repository

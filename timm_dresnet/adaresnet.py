@@ -14,7 +14,7 @@ from timm.utils import reparameterize_model
 
 from .folding import can_bypass, fold_norms
 from .pretrained import build_model_with_cfg, grown_cfgs
-from .resnet import BasicBlock, Bottleneck, ResNet, _c10_cfg, _cifar_cfg, check_evaluated
+from .resnet import BasicBlock, Bottleneck, ResNet, _c10_cfg, _cifar_cfg, require_eval
 
 __all__ = ['AdaResNet']  # the model registry adds each entry point to this
 
@@ -67,7 +67,7 @@ class AdaBlock:
     def add_shortcut(self, x: torch.Tensor) -> torch.Tensor:
         """`branch(x) + alpha * shortcut(x)`, `[B, C, H, W]`."""
         if not torch.jit.is_scripting():
-            check_evaluated(self)
+            require_eval(self)
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.skip_weight(self.branch(x), shortcut)
 

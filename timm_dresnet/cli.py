@@ -3,156 +3,104 @@ import argparse
 import csv
 import difflib
 import fnmatch
-import io
 import json
 import logging
 import os
-import shutil
 import sys
-import tempfile
-import warnings
+from contextlib import contextmanager
 from importlib.resources import files
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Union
 
 import timm
 import torch
 import torch.nn as nn
-from PIL import Image
 from timm.data import resolve_model_data_config
-from timm.models import save_for_hf
+from timm.models import get_pretrained_cfg, list_models, save_for_hf
 from timm.models._hub import save_config_for_hf
 from timm.utils import reparameterize_model
 
 import timm_dresnet
-from timm_dresnet.classifier import Classifier
-from timm_dresnet.files import beside, replace
-from timm_dresnet.untrusted import load_folder
 
-_ENDINGS = {'.avif', '.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
+from .folders import atomic_folder, load_folder
+from .images import Classifier, find_images
+
 _MAX_MEASURED = 128  # images to measure on, in one batch
 _BATCH = 32
 
 
-class Failed(Exception):
-    """What the program cannot do, in one sentence."""
-
-
-def _is_ours(name: str) -> bool:
-    return timm.models.model_entrypoint(name).__module__.startswith('timm_dresnet.')
-
-
 def load(name: str, pretrained: bool = True) -> nn.Module:
-    """Create a model, with its weights.
+    """Create a model in eval mode, with its weights.
 
     Args:
         name: Folder, `hf-hub:owner/name`, or model with or without a tag.
         pretrained: Whether a model that is named without a tag has weights too.
 
     Raises:
-        Failed: If there is no such model, or its weights cannot be loaded.
-        ValueError: If a folder does not hold a model, or it is damaged.
+        ValueError: If there is no such model, or its weights cannot be loaded.
     """
     if Path(name).is_dir():
         return load_folder(Path(name))
     if ':' not in name:
         architecture, _, tag = name.partition('.')
         if not timm.is_model(architecture):
-            near = difflib.get_close_matches(architecture, timm.list_models())
+            near = difflib.get_close_matches(architecture, list_models())
             hint = f'Did you mean {" or ".join(near)}?' if near else 'timm-dresnet list shows all.'
-            raise Failed(f'There is no folder and no model {name}. {hint}')
+            raise ValueError(f'There is no folder and no model {name}. {hint}')
         if tag and name not in timm.list_pretrained(f'{architecture}.*'):
-            raise Failed(f'{architecture} has no weights {tag!r}: timm-dresnet list {architecture}* shows all.')
-        if not tag and pretrained and not timm.get_pretrained_cfg(architecture).has_weights:
-            raise Failed(f'{architecture} comes without weights: train it, or give a folder with those that you have.')
-        pretrained = pretrained or bool(tag)
+            raise ValueError(f'{architecture} has no weights {tag!r}: timm-dresnet list {architecture}* shows all.')
+        cfg = get_pretrained_cfg(architecture)
+        if not tag and pretrained and not (cfg and cfg.has_weights):
+            raise ValueError(
+                f'{architecture} comes without weights: train it, or give a folder with those that you have.')
     try:
-        return timm.create_model(name, pretrained=pretrained or ':' in name).eval()
+        return timm.create_model(name, pretrained=pretrained or ':' in name or '.' in name).eval()
     except Exception as e:  # whatever a damaged file, timm, or the network raises
-        raise Failed(f'{name} cannot be loaded: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
-
-
-def _find_images(paths: Iterable[str]) -> List[str]:
-    """Files, those in folders, and, for '-', those that standard input names."""
-    found = []
-    for path in paths:
-        if path == '-':
-            found += _find_images(line.rstrip('\n') for line in sys.stdin if line.strip())
-        elif os.path.isdir(path):
-            inside = sorted(str(file) for file in Path(path).rglob('*') if file.suffix.lower() in _ENDINGS)
-            if not inside:
-                raise Failed(f'There are no images in {path}.')
-            found += inside
-        else:
-            found.append(path)
-    return found
-
-
-def _read_image(path: str, classifier: Classifier) -> torch.Tensor:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('error', Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return classifier.preprocess(image)
-    except FileNotFoundError as e:
-        raise Failed(f'There is no file {path!r}.') from e
-    except Exception as e:  # damaged files make PIL raise nearly anything
-        raise Failed(f'{path!r} cannot be read as an image ({type(e).__name__}).') from e
-
-
-def _sample(paths: Sequence[str], classifier: Classifier) -> torch.Tensor:
-    """Some of the images there, evenly spread, as a batch."""
-    found = _find_images(paths)
-    if not found:
-        raise Failed('There is no image to measure on.')
-    step = max(1, len(found) / _MAX_MEASURED)
-    return torch.stack([
-        _read_image(found[int(i * step)], classifier) for i in range(min(len(found), _MAX_MEASURED))])
-
-
-def _text(value: Any) -> str:
-    return '' if value is None else f'{value:.4g}' if isinstance(value, float) else str(value)
+        raise ValueError(f'{name} cannot be loaded: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
 
 
 def _print_table(rows: Sequence[Dict[str, Any]]) -> None:
     if not rows:
         return
-    lines = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
-    numeric = [isinstance(value, (int, float)) for value in rows[0].values()]
+    lines = [list(rows[0])]
+    for row in rows:
+        lines.append([
+            '' if value is None else f'{value:.4g}' if isinstance(value, float) else str(value)
+            for value in row.values()])
     widths = [max(map(len, column)) for column in zip(*lines)]
+    aligned = ['>' if isinstance(value, (int, float)) else '<' for value in rows[0].values()]
     for line in lines:
-        cells = [cell.rjust(w) if n else cell.ljust(w) for cell, w, n in zip(line, widths, numeric)]
-        print('  '.join(cells).rstrip())
+        print('  '.join(f'{cell:{a}{width}}' for cell, a, width in zip(line, aligned, widths)).rstrip())
 
 
 def list_command(args: argparse.Namespace) -> None:
     with (files('timm_dresnet') / 'weights/results.csv').open() as f:
         results = {row['model']: row for row in csv.DictReader(f)}
-    rows = []
-    for name in filter(_is_ours, timm.list_models()):
-        tags = timm.list_pretrained(f'{name}.*')
-        names = [tag for tag in ([*tags] if args.pretrained else [*tags] or [name])
-                 if fnmatch.fnmatch(tag, args.filter) or fnmatch.fnmatch(name, args.filter)]
-        if not names:
+    rows: List[Dict[str, Any]] = []
+    for name in list_models():
+        if not timm.models.model_entrypoint(name).__module__.startswith('timm_dresnet.'):
             continue
-        parameters = {}
-        for tag in names:
-            cfg, measured = timm.get_pretrained_cfg(tag), results.get(tag, {})
+        tags = timm.list_pretrained(f'{name}.*')
+        parameters: Dict[int, int] = {}  # by number of classes
+        for tag in tags or ([] if args.pretrained else [name]):
+            if not fnmatch.fnmatch(tag, args.filter) and not fnmatch.fnmatch(name, args.filter):
+                continue
+            cfg = get_pretrained_cfg(tag, allow_unregistered=False)
             if cfg.num_classes not in parameters:
                 model = timm.create_model(name, num_classes=cfg.num_classes, device='meta')
                 parameters[cfg.num_classes] = sum(p.numel() for p in model.parameters())
+            measured = results.get(tag)
             rows.append(dict(
                 model=tag,
                 parameters=parameters[cfg.num_classes],
                 image_size=cfg.input_size[-1],
                 weights='package' if cfg.file else 'hub' if cfg.has_weights else None,
                 top1=float(measured['top1']) if measured else None,
-                dataset=measured.get('dataset'),
+                dataset=measured['dataset'] if measured else None,
             ))
     if not rows:
-        raise Failed(f'No model matches {args.filter!r}.')
+        raise ValueError(f'No model matches {args.filter!r}.')
     if args.json:
         print(json.dumps(rows, indent=2))
     elif args.quiet:
@@ -164,48 +112,47 @@ def list_command(args: argparse.Namespace) -> None:
 
 
 def classify_command(args: argparse.Namespace) -> int:
-    classifier, failed = Classifier(load(args.model)), 0
-    found = iter(_find_images(args.images))
-    while paths := list(islice(found, _BATCH)):
-        read: List[Any] = []  # images, or why there is none
-        for path in paths:
+    classifier, status = Classifier(load(args.model)), 0
+    paths = find_images(args.images)
+    for start in range(0, len(paths), _BATCH):
+        read: Dict[str, Union[torch.Tensor, ValueError]] = {}  # images, or why there is none
+        batch = paths[start:start + _BATCH]
+        for path in batch:
             try:
-                read.append(_read_image(path, classifier))
-            except Failed as e:
-                read.append(e)
-        images = [image for image in read if not isinstance(image, Failed)]
-        answers = iter(classifier(torch.stack(images), args.top) if images else ())
-        for path, image in zip(paths, read):
-            if isinstance(image, Failed):
-                failed += 1
-                print(f'timm-dresnet classify: {image}', file=sys.stderr)
-                line = json.dumps(dict(image=path, error=str(image))) if args.json else '' if args.quiet else None
-            else:
-                classes = next(answers)
+                read[path] = classifier.read(path)
+            except ValueError as e:
+                read[path] = e
+        images = {path: image for path, image in read.items() if isinstance(image, torch.Tensor)}
+        answers = dict(zip(images, classifier(torch.stack([*images.values()]), args.top))) if images else {}
+        for path in batch:
+            if path in answers:
+                classes = answers[path]
                 words = ', '.join(f'{c["label"]} {100 * c["probability"]:.1f} %' for c in classes)
-                line = json.dumps(dict(image=path, classes=classes)) if args.json else (
-                    classes[0]['label'] if args.quiet else f'{path}: {words}')
-            if line is not None:
-                print(line, flush=True)
-    return 1 if failed else 0
+                line = classes[0]['label'] if args.quiet else f'{path}: {words}'
+                record = dict(image=path, classes=classes)
+            else:
+                status, line, record = 1, '', dict(image=path, error=str(read[path]))
+                print(f'timm-dresnet classify: {read[path]}', file=sys.stderr)
+            if args.json or args.quiet or line:
+                print(json.dumps(record) if args.json else line, flush=True)
+    return status
 
 
 def connections_command(args: argparse.Namespace) -> None:
     model = load(args.model)
-    images = _sample(args.images, Classifier(model)) if args.images else None
+    images = Classifier(model).read_sample(args.images, _MAX_MEASURED) if args.images else None
     records = timm_dresnet.connections(model, images)
-    for path, plot in ((args.out, timm_dresnet.plot_connections), (args.arcs, timm_dresnet.plot_arcs)):
-        if path:
-            _write_picture(path, lambda new: plot(model, new, images), args)
+    for name, plot in ((args.out, timm_dresnet.plot_connections), (args.arcs, timm_dresnet.plot_arcs)):
+        if name:
+            with _picture(name, args) as path:
+                plot(model, path, images)
     if args.json:
         print(json.dumps(records, indent=2))
     elif args.csv:
-        table = io.StringIO()
-        writer = csv.DictWriter(table, records[0] if records else [], lineterminator='\n')
         if records:
+            writer = csv.DictWriter(sys.stdout, records[0], lineterminator='\n')
             writer.writeheader()
-        writer.writerows(records)
-        print(table.getvalue(), end='')
+            writer.writerows(records)
     else:
         _print_table(records)
 
@@ -217,13 +164,14 @@ def signal_command(args: argparse.Namespace) -> None:
         torch.manual_seed(0)
         model = load(name, pretrained=False)
         if args.images:
-            images = _sample(args.images, Classifier(model))
+            images = Classifier(model).read_sample(args.images, _MAX_MEASURED)
         else:
             size = resolve_model_data_config(model)['input_size']
             images = torch.randn(16, *size, generator=torch.Generator().manual_seed(0))
         signals[name] = timm_dresnet.signal_propagation(model.train(not trained), images)
     if args.out:
-        _write_picture(args.out, lambda new: timm_dresnet.plot_signal_propagation(signals, new), args)
+        with _picture(args.out, args) as path:
+            timm_dresnet.plot_signal_propagation(signals, path)
     if args.json:
         print(json.dumps(signals, indent=2))
         return
@@ -240,15 +188,15 @@ def fuse_command(args: argparse.Namespace) -> None:
     model = load(args.model)
     fused = reparameterize_model(model)
     if fused.state_dict().keys() == model.state_dict().keys():
-        raise Failed(f'{args.model} has nothing that can be fused.')
+        raise ValueError(f'{args.model} has nothing that can be fused.')
     _write_model(fused, args)
 
 
 def prune_command(args: argparse.Namespace) -> None:
     model = load(args.model)
     if not isinstance(model, timm_dresnet.DResNet):
-        raise Failed(f'Connections are pruned in a DResNet, and {args.model} is none (but {type(model).__name__}).')
-    images = _sample(args.images, Classifier(model)) if args.images else None
+        raise ValueError(f'Connections are pruned in a DResNet, and {args.model} is none (but {type(model).__name__}).')
+    images = Classifier(model).read_sample(args.images, _MAX_MEASURED) if args.images else None
     before = len(model.connection_pairs())
     removed = timm_dresnet.prune_connections(
         model, min_gate=args.min_gate, min_effect=args.min_effect, keep=args.keep, images=images)
@@ -261,18 +209,15 @@ def export_command(args: argparse.Namespace) -> None:
     if args.format == 'safetensors':
         return _write_model(model, args)
     if missing := [name for name in ('onnx', 'onnxscript') if find_spec(name) is None]:
-        raise Failed(f'ONNX needs what is not installed, try: pip install {" ".join(missing)}')
+        raise ValueError(f'ONNX needs what is not installed, try: pip install {" ".join(missing)}')
     from timm.utils.onnx import onnx_export
     logging.getLogger('onnxscript.optimizer').setLevel(logging.ERROR)  # it warns of each constant that it leaves
     fused = reparameterize_model(model)
-
-    def write(folder: Path) -> None:
-        save_config_for_hf(model, folder / 'config.json')
+    with _model_folder(args) as folder:
+        save_config_for_hf(model, str(folder / 'config.json'))
         onnx_export(
             fused, str(folder / 'model.onnx'), input_size=resolve_model_data_config(model)['input_size'], batch_size=2,
             use_dynamo=True, check_forward=find_spec('onnxruntime') is not None)
-
-    _write_folder(write, args)
 
 
 def _say(message: str, args: argparse.Namespace) -> None:
@@ -280,49 +225,39 @@ def _say(message: str, args: argparse.Namespace) -> None:
         print(message, file=sys.stderr)
 
 
-def _write_picture(path: str, draw, args: argparse.Namespace) -> None:
-    if find_spec('matplotlib') is None:
-        raise Failed('Pictures need what is not installed, try: pip install matplotlib')
-    from matplotlib.figure import Figure
-    path = Path(path)
-    endings = Figure().canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in endings:
-        raise Failed(f'{path} must end in one of .{", .".join(sorted(endings))}.')
+@contextmanager
+def _written(path: Path, folder: Path) -> Iterator[Path]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside(path.parent) as new:
-            draw(new / path.name)
+        with atomic_folder(folder) as new:
+            yield new
     except OSError as e:
-        raise Failed(f'{path} cannot be written: {e.strerror}.') from e
+        raise ValueError(f'{path} cannot be written: {e.strerror or e}.') from e
+
+
+@contextmanager
+def _picture(name: str, args: argparse.Namespace) -> Iterator[Path]:
+    if find_spec('matplotlib') is None:
+        raise ValueError('Pictures need what is not installed, try: pip install matplotlib')
+    from matplotlib.figure import Figure
+    path, endings = Path(name), Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in endings:
+        raise ValueError(f'{path} must end in one of .{", .".join(sorted(endings))}.')
+    with _written(path, path.parent) as new:
+        yield new / path.name
     _say(f'Wrote {path}', args)
 
 
-def _write_folder(write, args: argparse.Namespace) -> None:
-    """Let `write` fill a folder beside, and rename it into place."""
+@contextmanager
+def _model_folder(args: argparse.Namespace) -> Iterator[Path]:
     path = Path(args.folder)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(dir=path.parent, prefix='.model-'))
-    except OSError as e:
-        raise Failed(f'{path} cannot be written: {e.strerror}.') from e
-    try:
-        write(new)
-        new.chmod(0o777 & ~_umask())
-        replace(new, path)
-    except BaseException:
-        shutil.rmtree(new)
-        raise
-    _say(f"Wrote {path}, {sum(f.stat().st_size for f in path.iterdir()) / 1e6:.1f} MB", args)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with _written(path, path) as new:
+        yield new
+    _say(f'Wrote {path}, {sum(f.stat().st_size for f in path.iterdir()) / 1e6:.1f} MB', args)
 
 
 def _write_model(model: nn.Module, args: argparse.Namespace) -> None:
-    _write_folder(lambda folder: save_for_hf(model, folder, safe_serialization=True), args)
+    with _model_folder(args) as folder:
+        save_for_hf(model, folder, safe_serialization=True)
 
 
 def _positive(text: str) -> int:
@@ -340,7 +275,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=timm_dresnet.__version__)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
 
-    def add(name: str, function, help: str, *examples: str, json: str = 'print JSON') -> argparse.ArgumentParser:
+    def add(name: str, function: Callable[..., Any], help: str, *examples: str, json: str = 'print JSON') -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=help, description=help[0].upper() + help[1:] + '.',
             epilog='\n'.join(['examples:', *(f'  timm-dresnet {name} {example}' for example in examples)]),
@@ -419,19 +354,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         folder = Path(getattr(args, 'folder', ''))
         if folder.name and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise Failed(f'{folder} exists and is not an empty folder: give another name.')
+            raise ValueError(f'{folder} exists and is not an empty folder: give another name.')
         status = args.function(args) or 0
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # whoever reads has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (Failed, ValueError, OSError) as e:
+    except (ValueError, OSError) as e:
         print(f'timm-dresnet {args.command}: error: {" ".join(str(e).split())}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-if __name__ == '__main__':
-    sys.exit(main())

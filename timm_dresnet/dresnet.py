@@ -19,7 +19,7 @@ from .connections import Connections, Flow
 from .folding import fold_norms
 from .pretrained import build_model_with_cfg, grown_cfgs, packaged_classes, packaged_file
 from .pruning import remove_connections
-from .resnet import ResNet, _c10_cfg, _cfg, _cifar_cfg, check_evaluated
+from .resnet import ResNet, _c10_cfg, _cfg, _cifar_cfg, require_eval
 
 __all__ = ['DResNet']  # the model registry adds each entry point to this
 
@@ -41,7 +41,7 @@ class DResNetStage(nn.Sequential):
         Returns:
             Output of the last block, `[B, C', H', W']`.
         """
-        check_evaluated(self)
+        require_eval(self)
         for j, block in enumerate(self):
             x = flow.receive(x)  # x_i = y_{i-1} + what connections bring
             x = checkpoint(block, x) if flow.grad_checkpointing else block(x)
