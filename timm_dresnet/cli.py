@@ -86,7 +86,7 @@ def list_command(args: argparse.Namespace) -> None:
         for tag in tags or ([] if args.pretrained else [name]):
             if not fnmatch.fnmatch(tag, args.filter) and not fnmatch.fnmatch(name, args.filter):
                 continue
-            cfg = get_pretrained_cfg(tag, allow_unregistered=False)
+            cfg: Any = get_pretrained_cfg(tag)
             if cfg.num_classes not in parameters:
                 model = timm.create_model(name, num_classes=cfg.num_classes, device='meta')
                 parameters[cfg.num_classes] = sum(p.numel() for p in model.parameters())
@@ -257,7 +257,7 @@ def _model_folder(args: argparse.Namespace) -> Iterator[Path]:
 
 def _write_model(model: nn.Module, args: argparse.Namespace) -> None:
     with _model_folder(args) as folder:
-        save_for_hf(model, folder, safe_serialization=True)
+        save_for_hf(model, str(folder), safe_serialization=True)
 
 
 def _positive(text: str) -> int:
@@ -275,7 +275,13 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=timm_dresnet.__version__)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
 
-    def add(name: str, function: Callable[..., Any], help: str, *examples: str, json: str = 'print JSON') -> argparse.ArgumentParser:
+    def add(
+            name: str,
+            function: Callable[..., Any],
+            help: str,
+            *examples: str,
+            json: str = 'print JSON',
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=help, description=help[0].upper() + help[1:] + '.',
             epilog='\n'.join(['examples:', *(f'  timm-dresnet {name} {example}' for example in examples)]),
@@ -289,7 +295,7 @@ def create_parser() -> argparse.ArgumentParser:
     def add_images(command: argparse.ArgumentParser, help: str) -> None:
         command.add_argument(
             '--images', nargs='+', metavar='PATH',
-            help=f"{help}: files, folders, or - for names on standard input; {_MAX_MEASURED} of them, evenly spread")
+            help=f'{help}: files, folders, or - for names on standard input; {_MAX_MEASURED} of them, evenly spread')
 
     command = add('list', list_command, 'list the models of this package and their weights',
                   '', "'dresnet18*'", '--pretrained --json')
@@ -298,7 +304,7 @@ def create_parser() -> argparse.ArgumentParser:
 
     command = add('classify', classify_command, 'say what images show',
                   'cat.jpg --model resnet18', 'photos/ --model output/flowers --json',
-                  "- --top 1 < names.txt", json='print one JSON object a line, for each image')
+                  '- --top 1 < names.txt', json='print one JSON object a line, for each image')
     command.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders, or - for names on standard input')
     command.add_argument('--model', default='dresnet18', metavar='MODEL', help='what classifies (%(default)s)')
     command.add_argument('--top', type=_positive, default=5, metavar='N', help='classes to name (%(default)s)')

@@ -76,7 +76,8 @@ class Classifier:
             names = [str(name) for name in names]
             descriptions = cfg.get('label_descriptions') or {}
             if all(re.fullmatch(r'n\d{8}', name) for name in names):  # as in ImageNet and its subsets
-                descriptions = {**ImageNetInfo().label_descriptions(as_dict=True), **descriptions}
+                imagenet: Any = ImageNetInfo().label_descriptions(as_dict=True)
+                descriptions = {**imagenet, **descriptions}
             self.labels = [descriptions.get(name, name) for name in names]
         elif subset:
             self.labels = list(ImageNetInfo(subset).label_descriptions())

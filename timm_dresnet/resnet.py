@@ -40,7 +40,7 @@ class BasicBlock(resnet.BasicBlock):
         x = self.bn1(x)
         x = self.drop_block(x)
         x = self.act1(x)
-        x = self.aa(x)
+        x = self.aa(x)  # type: ignore[misc]  # never None here
 
         x = self.conv2(x)
         x = self.bn2(x)
@@ -66,7 +66,7 @@ class Bottleneck(resnet.Bottleneck):
         x = self.bn2(x)
         x = self.drop_block(x)
         x = self.act2(x)
-        x = self.aa(x)
+        x = self.aa(x)  # type: ignore[misc]  # never None here
 
         x = self.conv3(x)
         x = self.bn3(x)
@@ -133,7 +133,7 @@ class ResNet(resnet.ResNet):
 
         stem_args = dict(stem_type='deep', stem_width=channels[0] // 2) if small else dict(stem_type=stem_type)
         super().__init__(
-            block,
+            block,  # type: ignore[arg-type]  # timm means classes of blocks, and says blocks
             layers,
             in_chans=in_chans,
             output_stride=timm_strides[output_stride],
@@ -148,6 +148,7 @@ class ResNet(resnet.ResNet):
             nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
             self.maxpool = nn.Identity()
             self.feature_info[0]['reduction'] = 1
+            info: Dict[str, Any]
             for info in self.feature_info[1:]:
                 info['reduction'] //= 4
         if len(layers) == 3:
