@@ -5,7 +5,7 @@ Papers:
   https://arxiv.org/abs/2408.09958
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
 """
-from typing import Dict, List, Optional, Set, Tuple, Type, Union
+from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -62,7 +62,7 @@ class AdaBlock(nn.Module):
             conv = self.downsample[-2]
             conv.weight.mul_(self.skip_weight.alpha)
             conv.bias.mul_(self.skip_weight.alpha)
-            self.skip_weight = Add()
+            self.skip_weight: Any = Add()
 
     def add_shortcut(self, x: torch.Tensor) -> torch.Tensor:
         """`branch(x) + alpha * shortcut(x)`, `[B, C, H, W]`."""

@@ -101,10 +101,10 @@ class DResNet(ResNet):
         super().__init__(block, layers, norm_layer=norm_layer, device=device, dtype=dtype, **kwargs)
 
         source_chs: List[int] = []
-        info: Dict[str, Any]
+        feature_info: Any = self.feature_info[1:]
         self.pruned_connections: List[Tuple[int, int]] = []
         self.connections = nn.ModuleDict()
-        for name, depth, info in zip(self.stage_names, layers, self.feature_info[1:]):
+        for name, depth, info in zip(self.stage_names, layers, feature_info):
             stage = DResNetStage(*getattr(self, name))
             setattr(self, name, stage)
             first, last = len(source_chs) + 1, len(source_chs) + depth

@@ -148,8 +148,8 @@ class ResNet(resnet.ResNet):
             nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
             self.maxpool = nn.Identity()
             self.feature_info[0]['reduction'] = 1
-            info: Dict[str, Any]
-            for info in self.feature_info[1:]:
+            feature_info: Any = self.feature_info[1:]
+            for info in feature_info:
                 info['reduction'] //= 4
         if len(layers) == 3:
             self.layer4 = nn.Sequential()  # for timm's forward_features
