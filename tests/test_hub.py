@@ -358,7 +358,7 @@ def test_folder_may_change_meanwhile(alice, folders, tmp_path):
 @pytest.mark.parametrize('damage,message', [
     (lambda folder: shutil.rmtree(folder), 'there is no folder'),
     (lambda folder: (folder / 'model.safetensors').unlink(), 'holds no model.safetensors'),
-    (lambda folder: (folder / 'config.json').write_text('{"architecture": "dresnet17"}'), "no architecture 'dresnet17'"),
+    (lambda folder: (folder / 'config.json').write_text('{"architecture": "dresnet17"}'), 'Unknown model (dresnet17)'),
     (lambda folder: (folder / 'model.safetensors').write_bytes(b'\x80\x04.'), 'model.safetensors is damaged'),
     (lambda folder: (folder / 'args.yaml').write_text('a: [1'), 'a damaged file of its run'),
     (lambda folder: (folder / 'args.yaml').write_text('model: x'), 'does not say batch_size, epochs, opt, seed'),

@@ -40,7 +40,7 @@ class BasicBlock(resnet.BasicBlock):
         x = self.bn1(x)
         x = self.drop_block(x)
         x = self.act1(x)
-        x = self.aa(x)  # type: ignore[misc]  # never None here
+        x = self.aa(x)  # type: ignore[misc]
 
         x = self.conv2(x)
         x = self.bn2(x)
@@ -66,7 +66,7 @@ class Bottleneck(resnet.Bottleneck):
         x = self.bn2(x)
         x = self.drop_block(x)
         x = self.act2(x)
-        x = self.aa(x)  # type: ignore[misc]  # never None here
+        x = self.aa(x)  # type: ignore[misc]
 
         x = self.conv3(x)
         x = self.bn3(x)
