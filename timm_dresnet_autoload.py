@@ -1,12 +1,13 @@
 """Registers timm_dresnet's models as soon as timm is imported, with no import by the user.
 
 PyTorch calls `autoload` at the end of `import torch` (entry point group `torch.backends`), and timm imports torch
-first. So this module must cost nothing and never fail: it knows only the standard library, and all it does is to wait
-for `timm.models`. `TIMM_DRESNET_AUTOLOAD=0` switches it off.
+first. So this module must cost nothing and never fail: it imports only the standard library, and does nothing before
+`timm.models` is imported. `TIMM_DRESNET_AUTOLOAD=0` switches it off.
 """
 import os
 import sys
 import warnings
+from typing import Any
 
 
 def _register() -> None:
@@ -29,16 +30,17 @@ class _AfterTimmModels:
                 break
         else:
             return None
-        exec_module = spec.loader.exec_module
+        loader: Any = spec.loader
+        exec_module = loader.exec_module
 
         def exec_and_register(module):
-            del spec.loader.exec_module  # the loader is as it was, whatever happens next
+            del loader.exec_module  # the loader is as it was, whatever happens next
             exec_module(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
             _register()
 
-        spec.loader.exec_module = exec_and_register
+        loader.exec_module = exec_and_register
         return spec
 
 

@@ -10,8 +10,7 @@ from typing import List, Optional
 
 import yaml
 from safetensors.torch import save
-from timm_dresnet.files import beside
-from timm_dresnet.untrusted import load_folder
+from timm_dresnet.folders import atomic_folder, load_folder
 
 from .cards import PICTURES, TABLES, ZOO, Run
 
@@ -44,7 +43,7 @@ def bundle(folder: Path, tag: str) -> Run:
     manifest = WEIGHTS / 'manifest.json'
     entries = json.loads(manifest.read_text())
     entries[f'{tag}.safetensors'] = {'size': len(data), 'sha256': hashlib.sha256(data).hexdigest()}
-    with beside(WEIGHTS) as new:
+    with atomic_folder(WEIGHTS) as new:
         (new / f'{tag}.safetensors').write_bytes(data)
         (new / manifest.name).write_text(json.dumps(entries, indent=2, sort_keys=True) + '\n')
 

@@ -8,12 +8,13 @@ from shutil import copytree, ignore_patterns
 
 import pytest
 import timm
-import timm_dresnet
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, list_pretrained
+
+import timm_dresnet
 
 PACKAGE = Path(timm_dresnet.__file__).parent
 PACKAGED = [name for name in list_pretrained(['*dresnet*', '*adaresnet*']) if '.init_' not in name]
@@ -23,22 +24,18 @@ GROWN = {
 }
 
 
-@pytest.mark.parametrize('name', [*PACKAGED, *(f'{name}.init_a1_in1k' for name in GROWN)])
+@pytest.mark.parametrize('name', [*PACKAGED, 'dresnet50.init_a1_in1k', 'adaresnet50.init_a1_in1k'])
 def test_configs(name):
-    cfg = get_pretrained_cfg(name)
+    cfg, model = get_pretrained_cfg(name), timm.create_model(name)
     assert cfg.has_weights and cfg.license and cfg.paper_ids
-    assert f'{cfg.architecture}.{cfg.tag}' == name
-    assert (cfg.first_conv, cfg.classifier) == ('conv1', 'fc')
-    model = timm.create_model(name)
     config = resolve_model_data_config(model)
     assert config['input_size'] == cfg.input_size and config['mean'] == cfg.mean
-    create_transform(**config)
     assert model.num_classes == cfg.num_classes == len(cfg.label_names or range(1000))
 
 
 @pytest.mark.parametrize('name,resnet', GROWN.items())
 def test_every_checkpoint_of_timm_can_be_grown(name, resnet):
-    """With its own preprocessing and license, and the same one as the default where the package has no weights."""
+    """With its own preprocessing and license. timm's default is the default, unless the package has weights."""
     tags = [f'init_{cfg.tag}' for cfg in get_arch_pretrained_cfgs(resnet).values()]
     assert [cfg.tag for cfg in get_arch_pretrained_cfgs(name).values() if cfg.tag.startswith('init_')] == tags
     for cfg in get_arch_pretrained_cfgs(resnet).values():
@@ -52,7 +49,7 @@ def test_every_checkpoint_of_timm_can_be_grown(name, resnet):
     assert get_pretrained_cfg(name).tag == (packaged or tags)[0]
 
 
-@pytest.mark.parametrize('name', GROWN)
+@pytest.mark.parametrize('name', ['dresnet18', 'dresnet50_gauss', 'adaresnet50'])
 def test_grown_from_the_hub(hub, name):
     """A ResNet of timm, served as timm's repositories are, and loaded through the tag."""
     torch.manual_seed(0)
@@ -120,14 +117,6 @@ def test_manifest_lists_the_files():
     assert sorted(manifest) == sorted(path.name for path in (PACKAGE / 'weights').glob('*.safetensors'))
 
 
-def run(code, path, **kwargs):
-    """Start a Python that finds the package at a path."""
-    code = f'import sys; sys.path.insert(0, {str(path)!r}); import timm_dresnet\n{code}'
-    return subprocess.Popen(
-        [sys.executable, '-W', 'error::UserWarning', '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={'TIMM_DRESNET_AUTOLOAD': '0', **kwargs})
-
-
 @pytest.fixture(scope='module')
 def copied(tmp_path_factory):
     """A folder with the package, and an archive of it."""
@@ -139,75 +128,45 @@ def copied(tmp_path_factory):
     return folder
 
 
-def test_archive_and_several_processes(copied):
-    code = """if True:
-        import timm, torch
-        assert '.zip' in timm_dresnet.__file__
-        model = timm.create_model('test_dresnet', pretrained=True).eval()
-        print(model(torch.ones(1, 3, 32, 32)).argmax().item())
-    """
-    processes = [run(code, copied / 'archive.zip') for _ in range(2)]
-    answers = [process.communicate() for process in processes]
-    with torch.no_grad():
-        answer = timm.create_model('test_dresnet', pretrained=True).eval()(torch.ones(1, 3, 32, 32)).argmax().item()
-    assert [out for out, _ in answers] == [f'{answer}\n'] * 2, answers
+def run(code, path):
+    """Run code in a Python that finds the package at a path."""
+    code = f'import sys; sys.path.insert(0, {str(path)!r}); import timm, timm_dresnet\n{code}'
+    done = subprocess.run(
+        [sys.executable, '-W', 'error::UserWarning', '-c', code], capture_output=True, text=True,
+        env={'TIMM_DRESNET_AUTOLOAD': '0'})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_package_in_an_archive(copied):
+    code = "timm.create_model('test_dresnet', pretrained=True); print(timm_dresnet.__file__)"
+    assert '.zip' in run(code, copied / 'archive.zip')
 
 
 def test_damaged_files_do_not_load(copied):
-    """A hundred of them, in one interpreter."""
-    process = run("""if True:
-        import pickle, random, timm
+    run("""if True:
         from pathlib import Path
         from safetensors.torch import load, save
         folder = Path(timm_dresnet.__file__).parent / 'weights'
-        file, other = (folder / f'test_{name}.c10.safetensors' for name in ('dresnet', 'adaresnet'))
-        manifest = folder / 'manifest.json'
-        whole, listed = file.read_bytes(), manifest.read_bytes()
-        weights = load(whole)
-        random.seed(0)
-
-        def flipped():
-            data = bytearray(whole)
-            for _ in range(random.randint(1, 9)):
-                data[random.randrange(random.choice([100, len(data)]))] ^= 1 << random.randrange(8)
-            return bytes(data)
-
-        damages = {
-            'cut': lambda: whole[:random.randrange(len(whole))],
-            'flipped bits': flipped,
-            'zeros': lambda: bytes(len(whole)),
-            'more': lambda: whole + random.randbytes(random.randint(1, 99)),
-            'another': other.read_bytes,
-            'dtype': lambda: save({k: w.float() for k, w in weights.items()}),
-            'pickle': lambda: pickle.dumps(eval).ljust(len(whole), b'.'),
-            'shapes': lambda: save({k: w.flatten() for k, w in weights.items()}),
-        }
-        for i in range(100):
-            name = list(damages)[i % len(damages)]
-            file.write_bytes(damages[name]())
+        file, manifest = folder / 'test_dresnet.c10.safetensors', folder / 'manifest.json'
+        whole = file.read_bytes()
+        for path, data, words in [
+            (file, whole[:-1], 'is damaged'),
+            (file, whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:], 'is damaged'),
+            (file, save({key: w.float() for key, w in load(whole).items()}), 'is damaged'),
+            (file, None, 'cannot be read'),
+            (manifest, b'{}', 'missing or damaged'),
+            (manifest, b'[', 'missing or damaged'),
+            (manifest, None, 'missing or damaged'),
+        ]:
+            before = path.read_bytes()
+            path.unlink() if data is None else path.write_bytes(data)
             try:
                 timm.create_model('test_dresnet', pretrained=True)
             except RuntimeError as e:
-                assert str(file) in str(e) and 'is damaged' in str(e) and 'pip install' in str(e), e
+                assert str(path) in str(e) and words in str(e) and 'pip install' in str(e), e
             else:
-                raise SystemExit(f'{name} was loaded')
-        file.unlink()
-        for text, error in ((listed, 'test_dresnet.c10.safetensors cannot be read (No such file'),
-                            (b'{}', 'manifest.json is missing or damaged'),
-                            (b'[', 'manifest.json is missing or damaged'),
-                            (b'[]', 'manifest.json is missing or damaged'), (None, 'manifest.json is missing')):
-            manifest.write_bytes(text) if text is not None else manifest.unlink()
-            try:
-                timm.create_model('test_dresnet', pretrained=True)
-            except RuntimeError as e:
-                assert error in str(e), e
-            else:
-                raise SystemExit(f'{text} was taken')
-        timm.create_model('test_dresnet')
-        manifest.write_bytes(listed)
-        file.write_bytes(whole)
+                raise SystemExit(f'{path} was loaded: it {words}')
+            path.write_bytes(before)
         timm.create_model('test_dresnet', pretrained=True)
-        print('all refused')
     """, copied)
-    out, errors = process.communicate()
-    assert out == 'all refused\n', errors

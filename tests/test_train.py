@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_dresnet
-from timm_dresnet.files import replace
+from timm_dresnet.folders import load_folder, replace
 from timm_dresnet.resnet import CIFAR10_MEAN
-from timm_dresnet.untrusted import load_folder
 from train import benchmark_loading, validate
 from train.__main__ import main
 from train.arguments import parse_args

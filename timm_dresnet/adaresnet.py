@@ -5,7 +5,7 @@ Papers:
   https://arxiv.org/abs/2408.09958
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
 """
-from typing import Dict, Optional, Set, Tuple, Type, Union
+from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -14,7 +14,7 @@ from timm.utils import reparameterize_model
 
 from .folding import can_bypass, fold_norms
 from .pretrained import build_model_with_cfg, grown_cfgs
-from .resnet import BasicBlock, Bottleneck, ResNet, _c10_cfg, _cifar_cfg, check_evaluated
+from .resnet import BasicBlock, Bottleneck, ResNet, _c10_cfg, _cifar_cfg, require_eval
 
 __all__ = ['AdaResNet']  # the model registry adds each entry point to this
 
@@ -49,7 +49,7 @@ class Add(nn.Module):
         return branch + shortcut
 
 
-class AdaBlock:
+class AdaBlock(nn.Module):
     """What the blocks have in common: the network gives each its `skip_weight`."""
     fused = False
 
@@ -62,12 +62,12 @@ class AdaBlock:
             conv = self.downsample[-2]
             conv.weight.mul_(self.skip_weight.alpha)
             conv.bias.mul_(self.skip_weight.alpha)
-            self.skip_weight = Add()
+            self.skip_weight: Any = Add()
 
     def add_shortcut(self, x: torch.Tensor) -> torch.Tensor:
         """`branch(x) + alpha * shortcut(x)`, `[B, C, H, W]`."""
         if not torch.jit.is_scripting():
-            check_evaluated(self)
+            require_eval(self)
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.skip_weight(self.branch(x), shortcut)
 
@@ -134,11 +134,11 @@ class AdaResNet(ResNet):
 
         skip_weights = {}
         for stage in self.stage_names:
-            for name, block in getattr(self, stage).named_children():
-                group = groups[skip_weight](f'{stage}.{name}', block)
+            for name, module in getattr(self, stage).named_children():
+                group = groups[skip_weight](f'{stage}.{name}', module)
                 if group not in skip_weights:
                     skip_weights[group] = SkipWeight(skip_init, device=device, dtype=dtype)
-                block.skip_weight = skip_weights[group]
+                module.skip_weight = skip_weights[group]
         if inference_mode:
             reparameterize_model(self, inplace=True)
             self.eval()
@@ -157,7 +157,7 @@ class AdaResNet(ResNet):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         super()._load_from_state_dict(state_dict, prefix, *args)
         *_, error_msgs = args
-        alphas = {}
+        alphas: Dict[nn.Module, List[torch.Tensor]] = {}
         for name, module in self.named_modules(remove_duplicate=False):
             if isinstance(module, SkipWeight) and f'{prefix}{name}.alpha' in state_dict:
                 alphas.setdefault(module, []).append(state_dict[f'{prefix}{name}.alpha'])

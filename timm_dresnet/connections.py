@@ -6,18 +6,19 @@ Three things make this cheap without changing the function:
 * All targets of one source at one resolution share one convolution and one norm, their channels side by side.
 * In training and when fused, norms and gates fold into kernels, and the sources at hand share one convolution.
 """
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import LayerType
 from timm.models import checkpoint
 
 from .folding import can_bypass, can_fold, concat, fold_gated_norms, gated_norm
 from .gates import create_gate
 
 __all__ = ['Connections', 'Flow', 'Projection']
+
+NormLayer = Callable[..., nn.Module]
 
 
 class SplitNorm(nn.ModuleList):
@@ -34,9 +35,10 @@ class Projection(nn.Module):
     Fused, it is the convolution of several sources, whose channels come side by side.
     """
 
-    def __init__(self, source: int, targets: Tuple[int, ...], in_chs: int, out_chs: int, norm_layer: LayerType, **dd):
+    def __init__(self, source: int, targets: Tuple[int, ...], in_chs: int, out_chs: int, norm_layer: NormLayer, **dd):
         super().__init__()
-        self.sources, self.targets, self.out_chs = (source,), targets, out_chs
+        self.sources: Tuple[int, ...] = (source,)
+        self.targets, self.out_chs = targets, out_chs
         self.conv = nn.Conv2d(in_chs, len(targets) * out_chs, 1, bias=False, **dd)
         nn.init.normal_(self.conv.weight, std=(2. / out_chs) ** 0.5)  # timm's init of one convolution for each target
         self.norm = norm_layer(len(targets) * out_chs, **dd)
@@ -78,8 +80,12 @@ class Flow:
             grad_checkpointing: Compute activations again in the backward pass instead of storing them.
         """
         self.stages, self.grad_checkpointing = list(stages), grad_checkpointing
-        self.block, self.connections = 0, None
-        self.sent, self.later, self.gates, self.sums = {}, {}, {}, {}
+        self.block = 0
+        self.connections: Any = None
+        self.sent: Dict[int, torch.Tensor] = {}
+        self.later: Dict[int, torch.Tensor] = {}
+        self.gates: Dict[int, torch.Tensor] = {}
+        self.sums: Dict[Tuple[int, ...], torch.Tensor] = {}
 
     def receive(self, y: torch.Tensor) -> torch.Tensor:
         """The input of the next block, from the output of the block before, both `[B, C, H, W]`."""
@@ -134,7 +140,7 @@ class Connections(nn.Module):
             gate: str = 'sigmoid',
             gate_init: Optional[float] = None,
             rank: Optional[int] = None,
-            norm_layer: LayerType = nn.BatchNorm2d,
+            norm_layer: NormLayer = nn.BatchNorm2d,
             **dd,
     ) -> None:
         """
@@ -160,8 +166,8 @@ class Connections(nn.Module):
         })
         self.expansions = nn.ModuleDict()
         for i in self.sources if rank else ():
-            self.expansions[str(i)] = conv = nn.Conv2d(rank, out_chs, 1, bias=False, **dd)
-            nn.init.normal_(conv.weight, std=rank ** -0.5)  # keeps the variance that the norms give the sum
+            self.expansions[str(i)] = conv = nn.Conv2d(self.sum_chs, out_chs, 1, bias=False, **dd)
+            nn.init.normal_(conv.weight, std=self.sum_chs ** -0.5)  # keeps the variance that the norms give the sum
 
     def connect(self, sources: Dict[int, Sequence[int]]) -> None:
         """Set which target takes from which sources, without any change of modules."""
@@ -177,7 +183,7 @@ class Connections(nn.Module):
         gates = gates.split([len(targets) * self.sum_chs for targets in self.targets.values()])
         return {k: gates[j] for j, k in enumerate(self.targets)}
 
-    def groups(self, ys: Dict[int, Optional[torch.Tensor]]) -> List[Tuple[bool, List[Projection]]]:
+    def groups(self, ys: Mapping[int, Optional[torch.Tensor]]) -> List[Tuple[bool, List[Projection]]]:
         """Projections of sources, where they are None to be fused, that fold into one convolution, or else one each."""
         groups: Dict[Tuple[Any, ...], List[Projection]] = {}
         for k, projection in ((k, self.projections[str(k)]) for k in ys if k in self.targets):
@@ -205,7 +211,7 @@ class Connections(nn.Module):
                 y = concat(sources)
                 x = F.conv2d(y, *fold_gated_norms(group, gates, y))
             else:
-                projection, y, gate = *group, *sources, *gates
+                projection, y, gate = group[0], sources[0], gates[0]
                 x = checkpoint(projection, y, gate) if flow.grad_checkpointing else projection(y, gate)
             flow.add(group[0].targets, x)
 
@@ -225,9 +231,10 @@ class Connections(nn.Module):
         self.eval()
         if self.fused or not all(projection.can_fold() for projection in self.projections.values()):
             return
-        gates, seen = self.gate_values(), set()
+        gates = self.gate_values()
+        seen: Set[int] = set()
         for i in sorted(self.sources):
-            ys = {k: None for k in self.targets if k < i and k not in seen}
+            ys: Dict[int, None] = {k: None for k in self.targets if k < i and k not in seen}
             seen.update(ys)
             for _, group in self.groups(ys):
                 sources = [projection.sources[0] for projection in group]

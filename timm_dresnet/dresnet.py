@@ -19,7 +19,7 @@ from .connections import Connections, Flow
 from .folding import fold_norms
 from .pretrained import build_model_with_cfg, grown_cfgs, packaged_classes, packaged_file
 from .pruning import remove_connections
-from .resnet import ResNet, _c10_cfg, _cfg, _cifar_cfg, check_evaluated
+from .resnet import ResNet, _c10_cfg, _cfg, _cifar_cfg, require_eval
 
 __all__ = ['DResNet']  # the model registry adds each entry point to this
 
@@ -32,7 +32,7 @@ class DResNetStage(nn.Sequential):
         """Fold norms into convolutions, for inference."""
         self.fused = any([fold_norms(block) for block in self]) or self.fused
 
-    def forward(self, x: torch.Tensor, flow: Flow) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, flow: Flow) -> torch.Tensor:  # type: ignore[override]
         """
         Args:
             x: Output of the block before the first one here, `[B, C, H, W]`.
@@ -41,7 +41,7 @@ class DResNetStage(nn.Sequential):
         Returns:
             Output of the last block, `[B, C', H', W']`.
         """
-        check_evaluated(self)
+        require_eval(self)
         for j, block in enumerate(self):
             x = flow.receive(x)  # x_i = y_{i-1} + what connections bring
             x = checkpoint(block, x) if flow.grad_checkpointing else block(x)
@@ -82,8 +82,8 @@ class DResNet(ResNet):
             block: Block class of all stages, or one for each.
             layers: Number of blocks in each stage.
             gate: Gate function F, 'sigmoid', 'gauss' or 'linear'.
-            gate_init: Gate value F(w) to start from. None starts the n gates of a block at 0.5 / n: where each started at
-                0.5, what many connections add would drown what the block before puts out.
+            gate_init: Gate value F(w) to start from. None starts the n gates of a block at 0.5 / n: where each started
+                at 0.5, what many connections add would drown what the block before puts out.
             connection_rank: Number of channels in which the connections into a block are summed, before one 1x1
                 convolution expands the sum to the block's input. None sums them at full width, and so does 0, for
                 models whose default is a number: ``timm.create_model`` drops arguments that are None.
@@ -100,10 +100,11 @@ class DResNet(ResNet):
             raise ValueError(f'connection_rank must be None or a whole number from 0 on, got {connection_rank!r}.')
         super().__init__(block, layers, norm_layer=norm_layer, device=device, dtype=dtype, **kwargs)
 
-        source_chs = []
+        source_chs: List[int] = []
+        feature_info: Any = self.feature_info[1:]
         self.pruned_connections: List[Tuple[int, int]] = []
         self.connections = nn.ModuleDict()
-        for name, depth, info in zip(self.stage_names, layers, self.feature_info[1:]):
+        for name, depth, info in zip(self.stage_names, layers, feature_info):
             stage = DResNetStage(*getattr(self, name))
             setattr(self, name, stage)
             first, last = len(source_chs) + 1, len(source_chs) + depth
@@ -143,7 +144,7 @@ class DResNet(ResNet):
         Raises:
             ValueError: If there is no such connection, or the network is fused.
         """
-        pairs = [tuple(pair) for pair in pairs]  # JSON has lists
+        pairs = [(i, k) for i, k in pairs]  # JSON has lists
         if not pairs:
             return
         missing = set(pairs) - set(self.connection_pairs())

@@ -1,6 +1,6 @@
 """Batch norms folded into the convolutions before them: for inference, and in training where that is cheaper."""
 from contextlib import nullcontext
-from typing import Iterable, Optional, Sequence, Tuple, Type
+from typing import Any, Iterable, List, Optional, Sequence, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -37,7 +37,8 @@ def fold_norms(block: nn.Module) -> bool:
         last = len(block.downsample) - 1
         pairs.append((block.downsample, str(last - 1), str(last)))
     for module, conv_name, norm_name in pairs:
-        conv, norm = getattr(module, conv_name, None), getattr(module, norm_name, None)
+        conv: Any = getattr(module, conv_name, None)
+        norm: Any = getattr(module, norm_name, None)
         if conv is not None and can_bypass(conv, nn.Conv2d) and can_fold(norm.eval()):
             setattr(module, conv_name, fuse_conv_bn_eval(conv.eval(), norm))
             setattr(module, norm_name, nn.Identity())
@@ -54,7 +55,7 @@ def gated_norm(norm: nn.Module, x: torch.Tensor, gate: torch.Tensor) -> torch.Te
     return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, True, norm.momentum, norm.eps)
 
 
-def concat(tensors: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
+def concat(tensors: List[torch.Tensor], dim: int = 1) -> torch.Tensor:
     """`torch.cat`, but without a copy of a single tensor."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
@@ -97,7 +98,7 @@ class _Moments(torch.autograd.Function):
 def fold_gated_norms(
         modules: Sequence[nn.Module],
         gates: Sequence[torch.Tensor],
-        x: Optional[torch.Tensor] = None,
+        x: Any = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Fold `sum_k gate_k * norm_k(conv_k(y_k))` into one convolution of all y_k, their channels side by side.
 

@@ -1,8 +1,8 @@
-"""Where pretrained weights come from: files in this package, and the ResNets of timm, from which networks are grown."""
+"""Pretrained weights: files in this package, and the ResNets of timm, from which networks are grown."""
 import hashlib
 import json
 from importlib.resources import files
-from typing import Any, Callable, Dict, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -13,7 +13,7 @@ from timm.models._pretrained import PretrainedCfg
 
 __all__ = ['build_model_with_cfg', 'grown_cfgs', 'packaged_classes', 'packaged_file']
 
-# a package may lie in an archive, where its files have no path of their own
+# not a Path: the package may be in a zip archive
 _FOLDER = files('timm_dresnet') / 'weights'
 
 
@@ -36,7 +36,7 @@ def packaged_classes(data_set: str) -> Tuple[str, ...]:
 
 
 def _load_packaged(name: str) -> Dict[str, torch.Tensor]:
-    """Load a file of this package, if it is the one that the manifest is about."""
+    """Load a file of this package, and check its size and SHA-256."""
     remedy = 'Install timm-dresnet again: pip install --force-reinstall --no-deps timm-dresnet'
     path = _FOLDER / name
     try:
@@ -52,7 +52,7 @@ def _load_packaged(name: str) -> Dict[str, torch.Tensor]:
         raise RuntimeError(f'{path} is damaged: it has {len(data):,} bytes and not {size:,}. {remedy}')
     if hashlib.sha256(data).hexdigest() != digest:
         raise RuntimeError(f'{path} is damaged: its SHA-256 is not the one in the manifest. {remedy}')
-    # what is adapted to other numbers of channels is so in full precision
+    # in full precision, in which timm adapts weights to other numbers of channels
     return {key: w.float() if w.is_floating_point() else w for key, w in load(data).items()}
 
 
@@ -60,8 +60,8 @@ def build_model_with_cfg(
         model_cls: Type[nn.Module],
         variant: str,
         pretrained: bool,
-        pretrained_filter_fn: Callable,
-        pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
+        pretrained_filter_fn: Callable[..., Any],
+        pretrained_cfg: Any = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         **kwargs,
 ) -> nn.Module:
@@ -76,7 +76,7 @@ def build_model_with_cfg(
         pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, state_dict=weights)
 
     def filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-        model.pretrained_cfg.pop('state_dict', None)  # or the weights would stay with the model, twice
+        model.pretrained_cfg.pop('state_dict', None)  # or the model would keep its weights twice
         return pretrained_filter_fn(state_dict, model)
 
     return timm_build_model_with_cfg(

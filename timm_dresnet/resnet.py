@@ -1,4 +1,4 @@
-"""timm's ResNet for small images: the networks that those with learned connections are built on and compared with.
+"""timm's ResNet for small images: the base class of the networks with learned connections, and their baseline.
 
 Papers:
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
@@ -21,29 +21,26 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 
 
-def check_evaluated(stage: nn.Module) -> None:
-    """Refuse to run what was fused in training mode, where norms that are left would go by the batch.
-
-    Args:
-        stage: A stage or a block, with whether it is ``fused``.
+def require_eval(stage: nn.Module) -> None:
+    """Refuse to run a fused stage or block in training mode, in which its remaining norms would use batch statistics.
 
     Raises:
-        RuntimeError: If it was, and is still.
+        RuntimeError: If it is fused and in training mode.
     """
     if stage.fused and stage.training:
         raise RuntimeError('A fused model is for inference: call eval() on it, and that before it is fused.')
 
 
 class BasicBlock(resnet.BasicBlock):
-    """timm's basic block, its residual branch apart from the shortcut."""
+    """timm's basic block, with its residual branch as a method of its own."""
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
-        """What the block adds to its shortcut."""
+        """The residual branch, which is added to the shortcut."""
         x = self.conv1(x)
         x = self.bn1(x)
         x = self.drop_block(x)
         x = self.act1(x)
-        x = self.aa(x)
+        x = self.aa(x)  # type: ignore[misc]
 
         x = self.conv2(x)
         x = self.bn2(x)
@@ -57,10 +54,10 @@ class BasicBlock(resnet.BasicBlock):
 
 
 class Bottleneck(resnet.Bottleneck):
-    """timm's bottleneck block, its residual branch apart from the shortcut."""
+    """timm's bottleneck block, with its residual branch as a method of its own."""
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
-        """What the block adds to its shortcut."""
+        """The residual branch, which is added to the shortcut."""
         x = self.conv1(x)
         x = self.bn1(x)
         x = self.act1(x)
@@ -69,7 +66,7 @@ class Bottleneck(resnet.Bottleneck):
         x = self.bn2(x)
         x = self.drop_block(x)
         x = self.act2(x)
-        x = self.aa(x)
+        x = self.aa(x)  # type: ignore[misc]
 
         x = self.conv3(x)
         x = self.bn3(x)
@@ -83,10 +80,10 @@ class Bottleneck(resnet.Bottleneck):
 
 
 class ResNet(resnet.ResNet):
-    """timm's ResNet with a stem for small images, and three stages or four.
+    """timm's ResNet with a stem for small images, and three or four stages.
 
-    Subclasses say what is learned about the shortcuts: `forward_stage` runs one stage, with whatever
-    `forward_context` made for the pass.
+    Subclasses override `forward_stage`, which runs one stage, and `forward_context`, which makes what one forward pass
+    hands from stage to stage beside the features.
     """
     __jit_unused_properties__ = ['fused', '_model_args']
 
@@ -108,8 +105,8 @@ class ResNet(resnet.ResNet):
             block: Block class of all stages, or one for each.
             layers: Number of blocks in each stage.
             in_chans: Number of input channels.
-            output_stride: Stride of the last feature map over the input, by dilation where it is less than the
-                network's own. 32 leaves every network as it is.
+            output_stride: Stride of the last feature map. Less than the network's own stride is reached by dilation.
+                32, the default, changes nothing.
             stem_type: One of timm's stems, or 'cifar': one 3x3 convolution of stride 1 and no max-pooling.
             channels: Number of channels in each stage, before the block's expansion.
             norm_layer: Normalization layer.
@@ -136,7 +133,7 @@ class ResNet(resnet.ResNet):
 
         stem_args = dict(stem_type='deep', stem_width=channels[0] // 2) if small else dict(stem_type=stem_type)
         super().__init__(
-            block,
+            block,  # type: ignore[arg-type]  # timm means classes of blocks, and says blocks
             layers,
             in_chans=in_chans,
             output_stride=timm_strides[output_stride],
@@ -151,7 +148,8 @@ class ResNet(resnet.ResNet):
             nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
             self.maxpool = nn.Identity()
             self.feature_info[0]['reduction'] = 1
-            for info in self.feature_info[1:]:
+            feature_info: Any = self.feature_info[1:]
+            for info in feature_info:
                 info['reduction'] //= 4
         if len(layers) == 3:
             self.layer4 = nn.Sequential()  # for timm's forward_features
@@ -164,7 +162,7 @@ class ResNet(resnet.ResNet):
 
     @property
     def _model_args(self) -> Dict[str, Any]:
-        # what timm writes into config.json, to build the network again as it is now
+        # timm writes these into config.json, and builds the network from them as it is now
         args = dict(self.__dict__.get('_created_with', {}))
         if self.fused:
             args['inference_mode'] = True
@@ -175,7 +173,7 @@ class ResNet(resnet.ResNet):
         self._created_with = args
 
     def train(self, mode: bool = True) -> 'ResNet':
-        """Set training or evaluation mode. A fused model that is frozen stays in evaluation mode.
+        """Set training or eval mode. A fused model that is frozen stays in eval mode.
 
         Raises:
             RuntimeError: If the model has been fused and is to be trained.
@@ -189,11 +187,11 @@ class ResNet(resnet.ResNet):
         return super().train(mode)
 
     def forward_context(self) -> Any:
-        """What one forward pass carries from stage to stage beside the features."""
+        """Make what one forward pass hands from stage to stage beside the features."""
         return None
 
     def forward_stage(self, stage: nn.Module, x: torch.Tensor, context: Any) -> torch.Tensor:
-        """Output of one stage, `[B, C, H, W]`."""
+        """Run one stage. Returns its output, `[B, C, H, W]`."""
         if self.grad_checkpointing:
             return checkpoint_seq(stage, x)
         return stage(x)

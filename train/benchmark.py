@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from timm_dresnet.files import beside
+from timm_dresnet.folders import atomic_folder
 from timm_dresnet.folding import fold_norms
 
 from .arguments import parse_args, positive
@@ -327,7 +327,7 @@ def describe(args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
 
 def write(text: str, path: Path) -> None:
     """Write a file whole."""
-    with beside(path.parent) as new:
+    with atomic_folder(path.parent) as new:
         (new / path.name).write_text(text, encoding='utf-8')
 
 

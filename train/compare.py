@@ -18,7 +18,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from timm.utils import setup_default_logging
-from timm_dresnet.files import beside
+from timm_dresnet.folders import atomic_folder
 
 from .arguments import create_parser
 from .benchmark import count_multiply_adds
@@ -123,7 +123,7 @@ def write_table(lines: List[Dict[str, Any]], folder: Path) -> None:
         f'| {line["epochs"]} | {line["seeds"]} |'
         for line in lines
     ]
-    with beside(folder) as new:
+    with atomic_folder(folder) as new:
         (new / 'comparison.md').write_text('\n'.join(text) + '\n')
 
 
@@ -169,7 +169,7 @@ def draw(runs: Dict[str, List[Path]], folder: Path) -> None:
 
     count = max(map(len, runs.values()))
     seeds = '1 seed' if count == 1 else f'mean and range of {count} seeds'
-    with beside(folder) as new:
+    with atomic_folder(folder) as new:
         for kind, (label, columns) in _CURVES.items():
             noun = label.split(',')[0]
             curves = {model: _curve(folders, columns['validation']) for model, folders in runs.items()}

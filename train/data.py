@@ -21,7 +21,7 @@ from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_spl
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.readers.reader_wds import ReaderWds, WdsTargetKeyError, _decode
 from timm.data.scheduled_sampler import ScheduledBatchSampler, ScheduledTransformDataset
-from timm_dresnet.classifier import convert_image
+from timm_dresnet.images import convert_image
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 from tqdm import tqdm
 

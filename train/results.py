@@ -13,7 +13,7 @@ import torch.nn as nn
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from timm.models import save_for_hf
-from timm_dresnet.files import beside
+from timm_dresnet.folders import atomic_folder
 
 from .tables import read_csv, write_epoch
 
@@ -126,7 +126,7 @@ class Log:
 
 
 def _draw(folder: Path) -> None:
-    with beside(folder) as new:
+    with atomic_folder(folder) as new:
         plot_curves(folder / 'summary.csv', new / 'curves.png')
         if (folder / 'connections.csv').exists():
             timm_dresnet.plot_history(read_csv(folder / 'connections.csv'), new / 'connections_history.png')
@@ -152,7 +152,7 @@ def save_results(
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)  # as safetensors wants it
     for key in ('tag', 'label_names', 'label_descriptions'):  # of other weights
         model.pretrained_cfg.pop(key, None)
-    with beside(folder) as new:
+    with atomic_folder(folder) as new:
         named = label_names and len(label_names) == model.num_classes
         config = dict(label_names=label_names) if named else {}
         save_for_hf(model, new, model_config=config, data_config=data_config, safe_serialization=True)

@@ -3,7 +3,7 @@ import csv
 from pathlib import Path
 from typing import Any, Dict, List
 
-from timm_dresnet.files import beside
+from timm_dresnet.folders import atomic_folder
 
 
 def write_epoch(path: Path, epoch: int, rows: List[Dict[str, Any]]) -> None:
@@ -22,7 +22,7 @@ def read_csv(path: Path) -> List[Dict[str, str]]:
 def write_csv(path: Path, rows: List[Dict[str, Any]]) -> None:
     """Write a CSV table whose columns are those of all its rows."""
     columns = dict.fromkeys(column for row in rows for column in row)
-    with beside(path.parent) as new, (new / path.name).open('w', newline='') as f:
+    with atomic_folder(path.parent) as new, (new / path.name).open('w', newline='') as f:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
         writer.writerows(rows)

@@ -10,7 +10,7 @@ from timm.data import resolve_input_data_config
 from timm.models import is_model_pretrained, load_checkpoint
 from timm.utils import ParseKwargs, is_primary, setup_default_logging
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
-from timm_dresnet.untrusted import load_folder
+from timm_dresnet.folders import load_folder
 
 from .arguments import add_data_arguments, add_device_arguments, create_parser, positive
 from .data import BadImageError, check_classes, count_bad_images, create_eval_loader

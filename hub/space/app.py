@@ -9,7 +9,7 @@ import timm_dresnet
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from timm_dresnet.classifier import Classifier
+from timm_dresnet.images import Classifier
 
 MODELS = [
     name for name in timm.list_pretrained(['*dresnet*', '*adaresnet*']) if timm.get_pretrained_cfg(name).file]

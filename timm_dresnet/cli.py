@@ -1,0 +1,374 @@
+"""`timm-dresnet`, the command line: which models there are, what they see in images, and what their connections do."""
+import argparse
+import csv
+import difflib
+import fnmatch
+import json
+import logging
+import os
+import sys
+from contextlib import contextmanager
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import resolve_model_data_config
+from timm.models import get_pretrained_cfg, list_models, save_for_hf
+from timm.models._hub import save_config_for_hf
+from timm.utils import reparameterize_model
+
+import timm_dresnet
+
+from .folders import atomic_folder, load_folder
+from .images import Classifier, find_images
+
+_MAX_MEASURED = 128  # images to measure on, in one batch
+_BATCH = 32
+
+
+def load(name: str, pretrained: bool = True) -> nn.Module:
+    """Create a model in eval mode, with its weights.
+
+    Args:
+        name: Folder, `hf-hub:owner/name`, or model with or without a tag.
+        pretrained: Whether a model that is named without a tag has weights too.
+
+    Raises:
+        ValueError: If there is no such model, or its weights cannot be loaded.
+    """
+    if Path(name).is_dir():
+        return load_folder(Path(name))
+    if ':' not in name:
+        architecture, _, tag = name.partition('.')
+        if not timm.is_model(architecture):
+            near = difflib.get_close_matches(architecture, list_models())
+            hint = f'Did you mean {" or ".join(near)}?' if near else 'timm-dresnet list shows all.'
+            raise ValueError(f'There is no folder and no model {name}. {hint}')
+        if tag and name not in timm.list_pretrained(f'{architecture}.*'):
+            raise ValueError(f'{architecture} has no weights {tag!r}: timm-dresnet list {architecture}* shows all.')
+        cfg = get_pretrained_cfg(architecture)
+        if not tag and pretrained and not (cfg and cfg.has_weights):
+            raise ValueError(
+                f'{architecture} comes without weights: train it, or give a folder with those that you have.')
+    try:
+        return timm.create_model(name, pretrained=pretrained or ':' in name or '.' in name).eval()
+    except Exception as e:  # whatever a damaged file, timm, or the network raises
+        raise ValueError(f'{name} cannot be loaded: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
+
+
+def _print_table(rows: Sequence[Dict[str, Any]]) -> None:
+    if not rows:
+        return
+    lines = [list(rows[0])]
+    for row in rows:
+        lines.append([
+            '' if value is None else f'{value:.4g}' if isinstance(value, float) else str(value)
+            for value in row.values()])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    aligned = ['>' if isinstance(value, (int, float)) else '<' for value in rows[0].values()]
+    for line in lines:
+        print('  '.join(f'{cell:{a}{width}}' for cell, a, width in zip(line, aligned, widths)).rstrip())
+
+
+def list_command(args: argparse.Namespace) -> None:
+    with (files('timm_dresnet') / 'weights/results.csv').open() as f:
+        results = {row['model']: row for row in csv.DictReader(f)}
+    rows: List[Dict[str, Any]] = []
+    for name in list_models():
+        if not timm.models.model_entrypoint(name).__module__.startswith('timm_dresnet.'):
+            continue
+        tags = timm.list_pretrained(f'{name}.*')
+        parameters: Dict[int, int] = {}  # by number of classes
+        for tag in tags or ([] if args.pretrained else [name]):
+            if not fnmatch.fnmatch(tag, args.filter) and not fnmatch.fnmatch(name, args.filter):
+                continue
+            cfg: Any = get_pretrained_cfg(tag)
+            if cfg.num_classes not in parameters:
+                model = timm.create_model(name, num_classes=cfg.num_classes, device='meta')
+                parameters[cfg.num_classes] = sum(p.numel() for p in model.parameters())
+            measured = results.get(tag)
+            rows.append(dict(
+                model=tag,
+                parameters=parameters[cfg.num_classes],
+                image_size=cfg.input_size[-1],
+                weights='package' if cfg.file else 'hub' if cfg.has_weights else None,
+                top1=float(measured['top1']) if measured else None,
+                dataset=measured['dataset'] if measured else None,
+            ))
+    if not rows:
+        raise ValueError(f'No model matches {args.filter!r}.')
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    elif args.quiet:
+        print('\n'.join(row['model'] for row in rows))
+    else:
+        _print_table([
+            {**row, 'parameters': f'{row["parameters"] / 1e6:6.2f} M',
+             'top1': None if row['top1'] is None else f'{row["top1"]:.2f} %'} for row in rows])
+
+
+def classify_command(args: argparse.Namespace) -> int:
+    classifier, status = Classifier(load(args.model)), 0
+    paths = find_images(args.images)
+    for start in range(0, len(paths), _BATCH):
+        read: Dict[str, Union[torch.Tensor, ValueError]] = {}  # images, or why there is none
+        batch = paths[start:start + _BATCH]
+        for path in batch:
+            try:
+                read[path] = classifier.read(path)
+            except ValueError as e:
+                read[path] = e
+        images = {path: image for path, image in read.items() if isinstance(image, torch.Tensor)}
+        answers = dict(zip(images, classifier(torch.stack([*images.values()]), args.top))) if images else {}
+        for path in batch:
+            if path in answers:
+                classes = answers[path]
+                words = ', '.join(f'{c["label"]} {100 * c["probability"]:.1f} %' for c in classes)
+                line = classes[0]['label'] if args.quiet else f'{path}: {words}'
+                record = dict(image=path, classes=classes)
+            else:
+                status, line, record = 1, '', dict(image=path, error=str(read[path]))
+                print(f'timm-dresnet classify: {read[path]}', file=sys.stderr)
+            if args.json or args.quiet or line:
+                print(json.dumps(record) if args.json else line, flush=True)
+    return status
+
+
+def connections_command(args: argparse.Namespace) -> None:
+    model = load(args.model)
+    images = Classifier(model).read_sample(args.images, _MAX_MEASURED) if args.images else None
+    records = timm_dresnet.connections(model, images)
+    for name, plot in ((args.out, timm_dresnet.plot_connections), (args.arcs, timm_dresnet.plot_arcs)):
+        if name:
+            with _picture(name, args) as path:
+                plot(model, path, images)
+    if args.json:
+        print(json.dumps(records, indent=2))
+    elif args.csv:
+        if records:
+            writer = csv.DictWriter(sys.stdout, records[0], lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(records)
+    else:
+        _print_table(records)
+
+
+def signal_command(args: argparse.Namespace) -> None:
+    signals = {}
+    for name in args.models:
+        trained = Path(name).is_dir() or ':' in name or '.' in name
+        torch.manual_seed(0)
+        model = load(name, pretrained=False)
+        if args.images:
+            images = Classifier(model).read_sample(args.images, _MAX_MEASURED)
+        else:
+            size = resolve_model_data_config(model)['input_size']
+            images = torch.randn(16, *size, generator=torch.Generator().manual_seed(0))
+        signals[name] = timm_dresnet.signal_propagation(model.train(not trained), images)
+    if args.out:
+        with _picture(args.out, args) as path:
+            timm_dresnet.plot_signal_propagation(signals, path)
+    if args.json:
+        print(json.dumps(signals, indent=2))
+        return
+    _print_table([dict(model=name, **record) for name, signal in signals.items() for record in signal['blocks']])
+    print()
+    _print_table([
+        {'model': name, **{
+            f'correlation at {record["distance"]:.2f}': record['correlation']
+            for record in signal['input_gradients'][1:17:5]}}
+        for name, signal in signals.items()])
+
+
+def fuse_command(args: argparse.Namespace) -> None:
+    model = load(args.model)
+    fused = reparameterize_model(model)
+    if fused.state_dict().keys() == model.state_dict().keys():
+        raise ValueError(f'{args.model} has nothing that can be fused.')
+    _write_model(fused, args)
+
+
+def prune_command(args: argparse.Namespace) -> None:
+    model = load(args.model)
+    if not isinstance(model, timm_dresnet.DResNet):
+        raise ValueError(f'Connections are pruned in a DResNet, and {args.model} is none (but {type(model).__name__}).')
+    images = Classifier(model).read_sample(args.images, _MAX_MEASURED) if args.images else None
+    before = len(model.connection_pairs())
+    removed = timm_dresnet.prune_connections(
+        model, min_gate=args.min_gate, min_effect=args.min_effect, keep=args.keep, images=images)
+    _say(f'Removed {len(removed)} of {before} connections.', args)
+    _write_model(model, args)
+
+
+def export_command(args: argparse.Namespace) -> None:
+    model = load(args.model)
+    if args.format == 'safetensors':
+        return _write_model(model, args)
+    if missing := [name for name in ('onnx', 'onnxscript') if find_spec(name) is None]:
+        raise ValueError(f'ONNX needs what is not installed, try: pip install {" ".join(missing)}')
+    from timm.utils.onnx import onnx_export
+    logging.getLogger('onnxscript.optimizer').setLevel(logging.ERROR)  # it warns of each constant that it leaves
+    fused = reparameterize_model(model)
+    with _model_folder(args) as folder:
+        save_config_for_hf(model, str(folder / 'config.json'))
+        onnx_export(
+            fused, str(folder / 'model.onnx'), input_size=resolve_model_data_config(model)['input_size'], batch_size=2,
+            use_dynamo=True, check_forward=find_spec('onnxruntime') is not None)
+
+
+def _say(message: str, args: argparse.Namespace) -> None:
+    if not args.quiet:
+        print(message, file=sys.stderr)
+
+
+@contextmanager
+def _written(path: Path, folder: Path) -> Iterator[Path]:
+    try:
+        with atomic_folder(folder) as new:
+            yield new
+    except OSError as e:
+        raise ValueError(f'{path} cannot be written: {e.strerror or e}.') from e
+
+
+@contextmanager
+def _picture(name: str, args: argparse.Namespace) -> Iterator[Path]:
+    if find_spec('matplotlib') is None:
+        raise ValueError('Pictures need what is not installed, try: pip install matplotlib')
+    from matplotlib.figure import Figure
+    path, endings = Path(name), Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in endings:
+        raise ValueError(f'{path} must end in one of .{", .".join(sorted(endings))}.')
+    with _written(path, path.parent) as new:
+        yield new / path.name
+    _say(f'Wrote {path}', args)
+
+
+@contextmanager
+def _model_folder(args: argparse.Namespace) -> Iterator[Path]:
+    path = Path(args.folder)
+    with _written(path, path) as new:
+        yield new
+    _say(f'Wrote {path}, {sum(f.stat().st_size for f in path.iterdir()) / 1e6:.1f} MB', args)
+
+
+def _write_model(model: nn.Module, args: argparse.Namespace) -> None:
+    with _model_folder(args) as folder:
+        save_for_hf(model, str(folder), safe_serialization=True)
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 1 on')
+    return int(text)
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """The parser of `timm-dresnet`."""
+    parser = argparse.ArgumentParser(
+        prog='timm-dresnet', description='Residual networks with learned skip connections, for timm.',
+        epilog='MODEL is the folder of a model, hf-hub:owner/name, or a model of timm, with a tag or without. '
+               'timm-dresnet COMMAND --help has examples.')
+    parser.add_argument('--version', action='version', version=timm_dresnet.__version__)
+    commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
+
+    def add(
+            name: str,
+            function: Callable[..., Any],
+            help: str,
+            *examples: str,
+            json: str = 'print JSON',
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=help, description=help[0].upper() + help[1:] + '.',
+            epilog='\n'.join(['examples:', *(f'  timm-dresnet {name} {example}' for example in examples)]),
+            formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.set_defaults(function=function, command=name)
+        command.add_argument('-q', '--quiet', action='store_true', help='results only, in as few words as can be')
+        if json:
+            command.add_argument('--json', action='store_true', help=json)
+        return command
+
+    def add_images(command: argparse.ArgumentParser, help: str) -> None:
+        command.add_argument(
+            '--images', nargs='+', metavar='PATH',
+            help=f'{help}: files, folders, or - for names on standard input; {_MAX_MEASURED} of them, evenly spread')
+
+    command = add('list', list_command, 'list the models of this package and their weights',
+                  '', "'dresnet18*'", '--pretrained --json')
+    command.add_argument('filter', nargs='?', default='*', help='names to list, with * and ?')
+    command.add_argument('--pretrained', action='store_true', help='only those with weights')
+
+    command = add('classify', classify_command, 'say what images show',
+                  'cat.jpg --model resnet18', 'photos/ --model output/flowers --json',
+                  '- --top 1 < names.txt', json='print one JSON object a line, for each image')
+    command.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders, or - for names on standard input')
+    command.add_argument('--model', default='dresnet18', metavar='MODEL', help='what classifies (%(default)s)')
+    command.add_argument('--top', type=_positive, default=5, metavar='N', help='classes to name (%(default)s)')
+
+    command = add('connections', connections_command, 'show the learned connections of a model',
+                  'test_dresnet', 'output/digits --out map.png --arcs arcs.png --images photos/',
+                  'test_adaresnet --csv > connections.csv')
+    command.add_argument('model', metavar='MODEL', help='a DResNet or AdaResNet')
+    command.add_argument('--csv', action='store_true', help='print CSV')
+    command.add_argument('--out', metavar='FILE', help='draw them as a map of targets and sources')
+    command.add_argument('--arcs', metavar='FILE', help='draw them as arcs over the blocks')
+    add_images(command, 'measure what comes through each on images')
+
+    command = add('signal', signal_command, 'show how activations and gradients get through networks',
+                  'plainnet56_cifar resnet56_cifar dresnet56_cifar --out signal.png', 'output/digits --images photos/')
+    command.add_argument('models', nargs='+', metavar='MODEL',
+                         help='networks; those named without a tag as they are before training')
+    command.add_argument('--out', metavar='FILE', help='draw it, side by side')
+    add_images(command, 'measure on images instead of noise')
+
+    def add_output(command: argparse.ArgumentParser) -> None:
+        command.add_argument('model', metavar='MODEL', help='model to start from')
+        command.add_argument('folder', metavar='FOLDER', help='new folder to write')
+
+    command = add('fuse', fuse_command, 'fold norms, gates and the skip weights of projections into plain convolutions',
+                  'output/digits output/fused', json='')
+    add_output(command)
+
+    command = add('prune', prune_command, 'remove learned connections that do little',
+                  'test_dresnet output/pruned --keep 0.5',
+                  'test_dresnet output/pruned --min-effect 0.1 --images photos/', json='')
+    add_output(command)
+    group = command.add_mutually_exclusive_group(required=True)
+    group.add_argument('--min-gate', type=float, metavar='X', help='remove those whose gate is smaller')
+    group.add_argument('--min-effect', type=float, metavar='X', help='remove those whose effect on --images is smaller')
+    group.add_argument('--keep', type=float, metavar='X', help='keep this share of them')
+    add_images(command, 'measure effects on images')
+
+    command = add('export', export_command, 'write a model as safetensors, or fused as ONNX',
+                  'test_dresnet output/test_dresnet', 'output/digits output/onnx --format onnx', json='')
+    add_output(command)
+    command.add_argument('--format', default='safetensors', choices=('safetensors', 'onnx'), help='(%(default)s)')
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run one command.
+
+    Returns:
+        Exit status: 0, 1 if something could not be done, 2 if the command line is wrong.
+    """
+    args = create_parser().parse_args(argv)
+    try:
+        folder = Path(getattr(args, 'folder', ''))
+        if folder.name and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f'{folder} exists and is not an empty folder: give another name.')
+        status = args.function(args) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as e:
+        print(f'timm-dresnet {args.command}: error: {" ".join(str(e).split())}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

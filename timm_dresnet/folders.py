@@ -1,0 +1,98 @@
+"""The folder of a model: checked before it is loaded, and written whole or not at all."""
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator
+
+import timm
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+
+__all__ = ['atomic_folder', 'load_folder', 'replace']
+
+
+def load_folder(path: Path) -> nn.Module:
+    """Load a model as `timm.create_model('local-dir:...', pretrained=True)` does, from `config.json` and safetensors.
+
+    The shapes that the header of the weights lists must fit the model that `config.json` describes before any memory is
+    taken, and no other file is read.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ValueError: If it does not hold a model, or one of its files is damaged.
+    """
+    config, weights = path / 'config.json', path / 'model.safetensors'
+    for file in (config, weights):
+        if not file.is_file():
+            raise ValueError(
+                f'{path} holds no {file.name}: give the folder of a finished run, or what timm.models.save_for_hf '
+                'writes with safe_serialization=True.')
+    try:
+        with torch.device('meta'):
+            described = timm.create_model(f'local-dir:{path}')
+        shapes = {key: list(tensor.shape) for key, tensor in described.state_dict().items()}
+    except Exception as e:  # whatever a wrong config makes timm and the model raise
+        raise ValueError(f'{config} does not describe a model: {_first_line(e)}') from e
+    if described.num_classes != described.pretrained_cfg['num_classes']:  # timm would replace the classifier
+        raise ValueError(f'{config} is damaged: its num_classes and that of its model_args differ.')
+    try:
+        with safe_open(weights, 'pt') as tensors:
+            for key in tensors.keys():
+                shape = tensors.get_slice(key).get_shape()
+                if shape != shapes.get(key, shape):
+                    raise ValueError(
+                        f'{weights} does not fit config.json: {key} has the shape {shape} and not {shapes[key]}.')
+    except SafetensorError as e:
+        raise ValueError(f'{weights} is damaged ({e}).') from e
+    try:
+        model = timm.create_model(f'local-dir:{path}', pretrained=True).eval()
+    except Exception as e:  # whatever weights that do not fit make timm raise
+        raise ValueError(f'{path} holds no model that timm can load: {_first_line(e)}') from e
+    for key, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f'{key} in {weights} is not finite: the weights are damaged, or the training diverged.')
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:500]
+
+
+def replace(new: Path, path: Path) -> None:
+    """Move a finished file, or a folder, to its place, so that a loss of power leaves the new one or the old one."""
+    if new.is_file():
+        with new.open('rb') as f:
+            os.fsync(f.fileno())
+    os.replace(new, path)
+    if os.name == 'posix':
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write files into. If no exception is raised, they are moved to `folder`, weights last.
+
+    A folder that does not exist yet appears with all its files at once.
+    """
+    exists = folder.exists()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder if exists else folder.parent, prefix='.new-') as name:
+        new = Path(name, 'new')  # with the usual permissions, which a temporary folder does not have
+        new.mkdir()
+        yield new
+        if not exists:
+            replace(new, folder)
+            return
+        for file in sorted(new.iterdir(), key=lambda file: file.suffix == '.safetensors'):
+            replace(file, folder / file.name)

@@ -1,0 +1,141 @@
+"""From image files to names of classes."""
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Dict, Iterable, List
+
+import torch
+import torch.nn as nn
+from PIL import Image, ImageOps
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+
+__all__ = ['Classifier', 'convert_image', 'find_images']
+
+_SUFFIXES = {'.avif', '.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
+
+
+def find_images(paths: Iterable[str]) -> List[str]:
+    """List image files: those named, those in folders, and, for '-', those that standard input names.
+
+    Raises:
+        ValueError: If a folder has none.
+    """
+    found = []
+    for path in paths:
+        if path == '-':
+            found += find_images(line.rstrip('\n') for line in sys.stdin if line.strip())
+        elif os.path.isdir(path):
+            inside = sorted(str(file) for file in Path(path).rglob('*') if file.suffix.lower() in _SUFFIXES)
+            if not inside:
+                raise ValueError(f'There are no images in {path}.')
+            found += inside
+        else:
+            found.append(path)
+    return found
+
+
+def convert_image(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image to another mode. PIL alone would clip images of 16 bits at 255."""
+    if image.mode.startswith('I'):
+        image = image.point(lambda value: value * (1 / 256)).convert('L')
+    return image.convert(mode)
+
+
+class Classifier:
+    """A model with its preprocessing and the names of its classes.
+
+    Attributes:
+        model: The model.
+        labels: Names of its classes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """
+        Args:
+            model: A model of timm, in eval mode, for images of one channel or three.
+
+        Raises:
+            ValueError: If it takes other images, or has no classes.
+        """
+        cfg: Dict[str, Any] = model.pretrained_cfg
+        config = resolve_model_data_config(model, use_test_size=True)
+        channels, modes = config['input_size'][0], {1: 'L', 3: 'RGB'}
+        if channels not in modes:
+            raise ValueError(f'the model takes images of {channels} channels, and image files have 1 or 3.')
+        if not model.num_classes:
+            raise ValueError('the model has no classes to choose from: its num_classes is 0.')
+        self.model = model
+        self._mode = modes[channels]
+        self._transform = create_transform(**config, is_training=False)
+        names, subset = cfg.get('label_names'), infer_imagenet_subset(model)
+        if isinstance(names, dict):  # by index, some of which may be left out
+            names = [names.get(str(i), names.get(i, f'class {i}')) for i in range(model.num_classes)]
+        if names and len(names) == model.num_classes:  # and not those of weights whose classifier was replaced
+            names = [str(name) for name in names]
+            descriptions = cfg.get('label_descriptions') or {}
+            if all(re.fullmatch(r'n\d{8}', name) for name in names):  # as in ImageNet and its subsets
+                imagenet: Any = ImageNetInfo().label_descriptions(as_dict=True)
+                descriptions = {**imagenet, **descriptions}
+            self.labels = [descriptions.get(name, name) for name in names]
+        elif subset:
+            self.labels = list(ImageNetInfo(subset).label_descriptions())
+        else:
+            self.labels = [f'class {i}' for i in range(model.num_classes)]
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """Turn an image upright and make the model's input of it, `[C, H, W]`."""
+        pixels: torch.Tensor = self._transform(convert_image(ImageOps.exif_transpose(image), self._mode))
+        return pixels
+
+    def read(self, path: str) -> torch.Tensor:
+        """Read an image file and preprocess it.
+
+        Raises:
+            ValueError: If there is no such file, or it cannot be read as an image.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('error', Image.DecompressionBombWarning)
+                with Image.open(path) as image:
+                    return self.preprocess(image)
+        except FileNotFoundError as e:
+            raise ValueError(f'There is no file {path!r}.') from e
+        except Exception as e:  # damaged files make PIL raise nearly anything
+            raise ValueError(f'{path!r} cannot be read as an image ({type(e).__name__}).') from e
+
+    def read_sample(self, paths: Iterable[str], size: int) -> torch.Tensor:
+        """Read up to ``size`` of the images in files and folders, evenly spread, as a batch.
+
+        Raises:
+            ValueError: If there are none, or one cannot be read.
+        """
+        found = find_images(paths)
+        if not found:
+            raise ValueError('There is no image to measure on.')
+        step = max(1, len(found) / size)
+        return torch.stack([self.read(found[int(i * step)]) for i in range(min(len(found), size))])
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor, top: int = 5) -> List[List[Dict[str, Any]]]:
+        """Classify a batch.
+
+        Args:
+            images: Preprocessed, `[B, C, H, W]`.
+            top: Number of classes to name.
+
+        Returns:
+            For each image its best classes, best first: ``label``, ``index`` and ``probability``.
+
+        Raises:
+            ValueError: If the model puts out numbers that are not finite.
+        """
+        logits = self.model(images)
+        if not logits.isfinite().all():
+            raise ValueError('the model puts out numbers that are not finite: its weights are damaged.')
+        best = logits.softmax(dim=1).topk(min(top, self.model.num_classes))
+        return [
+            [dict(label=self.labels[i], index=i, probability=value) for value, i in zip(values, indices)]
+            for values, indices in zip(best.values.tolist(), best.indices.tolist())
+        ]
