@@ -10,6 +10,7 @@ from typing import List, Optional
 
 import yaml
 from safetensors.torch import save
+
 from timm_dresnet.folders import atomic_folder, load_folder
 
 from .cards import PICTURES, TABLES, ZOO, Run

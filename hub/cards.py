@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import timm
-import timm_dresnet
 import torch.nn as nn
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+import timm_dresnet
 
 ZOO = Path(__file__).parent / 'zoo'  # files of the runs whose weights are in the package
 

@@ -18,6 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf
+
 from timm_dresnet.folders import load_folder
 
 from .cards import PICTURES, TABLES, ZOO, Run, model_card

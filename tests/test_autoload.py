@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 
 CREATE = "timm.create_model('test_dresnet', pretrained=True)"

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT
 from PIL import Image
 from timm.models import save_for_hf
 
 import timm_dresnet
+from conftest import ROOT
 from timm_dresnet.images import Classifier
 from timm_dresnet.resnet import CIFAR10_CLASSES
 

@@ -91,7 +91,8 @@ def test_fastai(name, tmp_path):
         (tmp_path / label).mkdir()
         for i in range(8):
             Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / label / f'{i}.png')
-    data = vision.ImageDataLoaders.from_folder(tmp_path, valid_pct=0.25, bs=4, item_tfms=vision.Resize(64), num_workers=0)
+    data = vision.ImageDataLoaders.from_folder(
+        tmp_path, valid_pct=0.25, bs=4, item_tfms=vision.Resize(64), num_workers=0)
     learner = vision.vision_learner(data, name, pretrained=False, metrics=vision.accuracy)
     with learner.no_bar(), learner.no_logging():
         learner.fine_tune(1)

@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import timm
-import timm_dresnet
 import torch
 import yaml
 from huggingface_hub import ModelCard
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
+import timm_dresnet
 from conftest import ROOT
 from hub import bundle, cards
 from hub.push import Upload, build, main

@@ -16,7 +16,7 @@ def randomize(model):
     """Move every parameter and statistic away from its start, so that no term is 0 or equal to another."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, p in [*model.named_parameters(), *model.named_buffers()]:
+        for p in [*model.parameters(), *model.buffers()]:
             if p.is_floating_point() and p.ndim <= 1:
                 noise = torch.rand(p.shape, generator=generator, dtype=p.dtype)
                 p.mul_(0.8 + 0.4 * noise).add_(0.2 * noise)

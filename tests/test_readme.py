@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import timm
-import timm_dresnet
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+import timm_dresnet
 
 README = (Path(__file__).parents[1] / 'README.md').read_text()
 SNIPPETS = re.findall(r'```python\n(.*?)```', README, flags=re.DOTALL)

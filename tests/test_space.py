@@ -63,7 +63,7 @@ def test_page_in_a_browser(app, image, tmp_path):
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
             page = browser.new_page(viewport=dict(width=1300, height=1500))
             errors = []
-            page.on('pageerror', errors.append)
+            page.on('pageerror', lambda error: errors.append(str(error)))  # playwright marks what it is given
             page.goto(url)
             page.set_input_files('input[type=file]', str(tmp_path / 'image.png'))
             page.wait_for_selector('text=%', timeout=60_000)
@@ -74,10 +74,10 @@ def test_page_in_a_browser(app, image, tmp_path):
             page.get_by_label('Model 1').click()
             page.get_by_role('option', name='test_dresnet.c10').click()
             page.wait_for_function('document.querySelectorAll("input[type=checkbox]").length == 20', timeout=60_000)
-            page.wait_for_function('''(() => {
+            page.wait_for_function("""(() => {
                 const shown = [...document.querySelectorAll(".output-class")].map(e => e.innerText);
                 return shown.length == 2 && shown[0] == shown[1] && !document.body.innerText.includes("Without 1")
-            })()''', timeout=60_000)
+            })()""", timeout=60_000)
             assert not errors
             browser.close()
     finally:

@@ -8,7 +8,7 @@ Papers:
 """
 from contextlib import ExitStack, contextmanager
 from itertools import count
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -23,6 +23,8 @@ from .connections import Connections, Flow, Projection
 from .dresnet import DResNet
 
 __all__ = ['connections', 'signal_propagation']
+
+_Measures = Dict[Tuple[int, Optional[int]], Dict[str, float]]
 
 
 def blocks(model: nn.Module) -> List[Tuple[str, nn.Module]]:
@@ -47,9 +49,11 @@ def _compare(part: torch.Tensor, whole: torch.Tensor) -> Dict[str, float]:
     return dict(effect=(part.square().sum() / square).sqrt().item(), share=((part * whole).sum() / square).item())
 
 
-def _measure(model: nn.Module, images: torch.Tensor) -> Dict[Tuple[int, Optional[int]], Dict[str, float]]:
+def _measure(model: nn.Module, images: torch.Tensor) -> _Measures:
     """Effect and share of each connection, by (target, source), or of each shortcut, by (target, None)."""
-    parts, measures, numbers = {}, {}, count(1)
+    parts: Dict[Tuple[int, int], torch.Tensor] = {}
+    measures: _Measures = {}
+    numbers = count(1)
 
     def keep(projection: Projection, args: Tuple[torch.Tensor, ...], x: torch.Tensor) -> None:
         chunks = x.clone().chunk(len(projection.targets), dim=1)
@@ -64,7 +68,7 @@ def _measure(model: nn.Module, images: torch.Tensor) -> Dict[Tuple[int, Optional
     def compare_shortcut(skip_weight: SkipWeight, args: Tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> None:
         measures[next(numbers), None] = _compare(skip_weight.alpha * args[1], x)
 
-    hooks = {Projection: keep, Connections: compare_parts, SkipWeight: compare_shortcut}
+    hooks: Dict[Type[nn.Module], Any] = {Projection: keep, Connections: compare_parts, SkipWeight: compare_shortcut}
     with _eval_mode(model), ExitStack() as stack:
         for module in model.modules():  # which lists a skip weight that blocks share once
             for kind, hook in hooks.items():

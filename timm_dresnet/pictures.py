@@ -66,14 +66,15 @@ def _draw_bars(axes: 'Axes', records: List[Dict[str, Any]], key: str) -> None:
 
 
 def _draw_map(axes: 'Axes', records: List[Dict[str, Any]], names: Sequence[str], key: str) -> None:
-    from matplotlib.colors import CenteredNorm
+    from matplotlib.colors import CenteredNorm, Normalize
 
     values = np.full((len(names), len(names)), np.nan)
     for record in records:
         values[record['target'] - 1, record['source'] - 1] = record[key]
     signed = any(record[key] < 0 for record in records)
-    scale = dict(cmap='RdBu_r', norm=CenteredNorm()) if signed else dict(cmap='viridis', vmin=0)
-    image = axes.imshow(values[2:, :-2], **scale)  # the first two blocks are no targets, the last two no sources
+    # the first two blocks are no targets, the last two no sources
+    image = axes.imshow(
+        values[2:, :-2], 'RdBu_r' if signed else 'viridis', norm=CenteredNorm() if signed else Normalize(vmin=0))
     axes.figure.colorbar(image, ax=axes, shrink=0.8)
     for record in records if len(names) <= 20 else ():  # room for numbers
         brightness = np.dot(image.to_rgba(record[key])[:3], (0.3, 0.59, 0.11))
@@ -121,7 +122,7 @@ def plot_connections(
         figure = _figure(len(keys) * _width(names), _width(names), _title(model, name))
         for ax, key in zip(figure.subplots(1, len(keys), squeeze=False).flat, keys):
             _draw_map(ax, records, names, key)
-            ax.set(title='gate F(w)' if key == 'gate' else f"share of the target's input, {len(images)} images")
+            ax.set(title='gate F(w)' if key == 'gate' else "share of the target's input, on images")
     return _save(figure, path)
 
 

@@ -5,10 +5,11 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import gradio as gr
 import timm
-import timm_dresnet
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+
+import timm_dresnet
 from timm_dresnet.images import Classifier
 
 MODELS = [
