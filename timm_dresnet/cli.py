@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
 import timm
 import torch
@@ -50,8 +50,7 @@ def load(name: str, pretrained: bool = True) -> nn.Module:
             raise ValueError(f'There is no folder and no model {name}. {hint}')
         if tag and name not in timm.list_pretrained(f'{architecture}.*'):
             raise ValueError(f'{architecture} has no weights {tag!r}: timm-dresnet list {architecture}* shows all.')
-        cfg = get_pretrained_cfg(architecture)
-        if not tag and pretrained and not (cfg and cfg.has_weights):
+        if not tag and pretrained and not timm.models.is_model_pretrained(architecture):
             raise ValueError(
                 f'{architecture} comes without weights: train it, or give a folder with those that you have.')
     try:
@@ -238,10 +237,7 @@ def _written(path: Path, folder: Path) -> Iterator[Path]:
 def _picture(name: str, args: argparse.Namespace) -> Iterator[Path]:
     if find_spec('matplotlib') is None:
         raise ValueError('Pictures need what is not installed, try: pip install matplotlib')
-    from matplotlib.figure import Figure
-    path, endings = Path(name), Figure().canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in endings:
-        raise ValueError(f'{path} must end in one of .{", .".join(sorted(endings))}.')
+    path = Path(name)
     with _written(path, path.parent) as new:
         yield new / path.name
     _say(f'Wrote {path}', args)
@@ -275,13 +271,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=timm_dresnet.__version__)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
 
-    def add(
-            name: str,
-            function: Callable[..., Any],
-            help: str,
-            *examples: str,
-            json: str = 'print JSON',
-    ) -> argparse.ArgumentParser:
+    def add(name: str, function: Any, help: str, *examples: str, json: str = 'print JSON') -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=help, description=help[0].upper() + help[1:] + '.',
             epilog='\n'.join(['examples:', *(f'  timm-dresnet {name} {example}' for example in examples)]),
