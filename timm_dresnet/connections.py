@@ -6,7 +6,8 @@ Three things make this cheap without changing the function:
 * All targets of one source at one resolution share one convolution and one norm, their channels side by side.
 * In training and when fused, norms and gates fold into kernels, and the sources at hand share one convolution.
 """
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -15,8 +16,6 @@ from timm.models import checkpoint
 
 from .folding import can_bypass, can_fold, concat, fold_gated_norms, gated_norm
 from .gates import create_gate
-
-__all__ = ['Connections', 'Flow', 'Projection']
 
 NormLayer = Callable[..., nn.Module]
 
@@ -62,30 +61,28 @@ class Projection(nn.Module):
         self.conv.weight, self.conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
 
 
+@dataclass
 class Flow:
     """What one forward pass of a network carries from block to block.
 
     Attributes:
+        stages: For each to come, the connections to its shape, if there are any, and whether it halves the resolution.
+        grad_checkpointing: Compute activations again in the backward pass instead of storing them.
         block: Number of the block at hand, i.
+        connections: The connections at hand, those to the shape of its stage.
         sent: By number, outputs of blocks that the connections at hand have not seen yet, at their resolution.
         later: By number, outputs of blocks that are needed in later stages, at the resolution of the next.
         gates: By source, gate values of the connections at hand.
         sums: By targets, whose channels lie side by side, what connections add to their inputs, so far.
     """
-
-    def __init__(self, stages: Iterable[Tuple[Optional[nn.Module], bool]], grad_checkpointing: bool = False) -> None:
-        """
-        Args:
-            stages: For each, the connections to its shape, if there are any, and whether it halves the resolution.
-            grad_checkpointing: Compute activations again in the backward pass instead of storing them.
-        """
-        self.stages, self.grad_checkpointing = list(stages), grad_checkpointing
-        self.block = 0
-        self.connections: Any = None
-        self.sent: Dict[int, torch.Tensor] = {}
-        self.later: Dict[int, torch.Tensor] = {}
-        self.gates: Dict[int, torch.Tensor] = {}
-        self.sums: Dict[Tuple[int, ...], torch.Tensor] = {}
+    stages: List[Tuple[Any, bool]]
+    grad_checkpointing: bool = False
+    block: int = 0
+    connections: Any = None
+    sent: Dict[int, torch.Tensor] = field(default_factory=dict)
+    later: Dict[int, torch.Tensor] = field(default_factory=dict)
+    gates: Dict[int, torch.Tensor] = field(default_factory=dict)
+    sums: Dict[Tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
     def receive(self, y: torch.Tensor) -> torch.Tensor:
         """The input of the next block, from the output of the block before, both `[B, C, H, W]`."""
@@ -231,14 +228,12 @@ class Connections(nn.Module):
         self.eval()
         if self.fused or not all(projection.can_fold() for projection in self.projections.values()):
             return
-        gates = self.gate_values()
-        seen: Set[int] = set()
+        gates, seen = self.gate_values(), 0
         for i in sorted(self.sources):
-            ys: Dict[int, None] = {k: None for k in self.targets if k < i and k not in seen}
-            seen.update(ys)
-            for _, group in self.groups(ys):
+            for _, group in self.groups({k: None for k in self.targets if seen < k < i}):
                 sources = [projection.sources[0] for projection in group]
                 group[0].become(sources, *fold_gated_norms(group, [gates[k] for k in sources]))
                 for k in sources[1:]:
                     del self.projections[str(k)]
+            seen = i - 1
         self.gates, self.fused = nn.ModuleDict(), True

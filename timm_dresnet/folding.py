@@ -8,8 +8,6 @@ import torch.nn.functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ['can_bypass', 'can_fold', 'concat', 'fold_gated_norms', 'fold_norms', 'gated_norm']
-
 
 def can_bypass(module: nn.Module, module_cls: Type[nn.Module], x: Optional[torch.Tensor] = None) -> bool:
     """Whether nobody could tell if the parameters of a module were used in place of a call with x.

@@ -4,8 +4,6 @@ import math
 import torch
 import torch.nn as nn
 
-__all__ = ['GATES', 'SigmoidGate', 'GaussGate', 'LinearGate', 'create_gate']
-
 
 class SigmoidGate(nn.Module):
     """F(w) = 1 / (1 + exp(-w))."""
