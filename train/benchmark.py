@@ -32,7 +32,7 @@ from timm_dresnet.files import beside
 from timm_dresnet.folding import fold_norms
 
 from .arguments import parse_args, positive
-from .trainer import create_model
+from .build import create_model
 
 _PAIRS = [('dresnet18', 'resnet18'), ('adaresnet50', 'resnet50'), ('dresnet50', 'resnet50')]
 _ALL = [('adaresnet50', 'resnet50'), *((f'dresnet{depth}', f'resnet{depth}') for depth in (18, 34, 50, 101))]

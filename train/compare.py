@@ -24,7 +24,7 @@ from .arguments import create_parser
 from .benchmark import count_multiply_adds
 from .checkpoints import is_finished, open_folder
 from .engine import Stop
-from .tables import read_csv, write_csv
+from .results import read_csv, write_csv
 
 _logger = logging.getLogger('train')
 _HERE = Path(__file__).parent
