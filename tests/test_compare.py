@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from train import compare, validate
 from train.__main__ import main
 from train.compare import load_config
-from train.data import Digits
+from train.datasets import Digits
 
 from conftest import ROOT
 
@@ -38,7 +38,7 @@ def rows(path):
 
 
 def test_comparison(tmp_path):
-    """Stopped in the first of four runs, then gone on with."""
+    """Stopped in the first of four runs, then resumed."""
     command = [sys.executable, '-m', 'train.compare', '--config', str(comparison(tmp_path / 'small.yaml')), '--output',
                str(tmp_path), '--val-interval', '1', '--experiment', 'each-has-its-own']
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -52,7 +52,7 @@ def test_comparison(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / 'small'
-    assert len(re.findall('Training', done.stderr)) == 3 and len(re.findall('Going on', done.stderr)) == 1
+    assert len(re.findall('Training', done.stderr)) == 3 and len(re.findall('Resuming', done.stderr)) == 1
 
     table = rows(folder / 'comparison.csv')
     assert [line['model'] for line in table] == ['Ada', 'Dynamic, gauss']

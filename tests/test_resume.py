@@ -1,4 +1,4 @@
-"""A run that was stopped goes on with the same command, to the very weights of one that was not."""
+"""A run that was stopped resumes by the same command, to the very weights of one that was not."""
 import csv
 import os
 import random
@@ -36,7 +36,7 @@ def finish(process):
 def interrupt(process, number, after):
     """Send a signal some seconds after training has begun. Returns whether it came before the end, and the log."""
     log = []
-    while not re.search('Training|Going on|holds the results', ''.join(log[-1:])):
+    while not re.search('Training|Resuming|holds the results', ''.join(log[-1:])):
         log.append(process.stderr.readline())
         assert log[-1], ''.join(log)
     try:
@@ -75,7 +75,7 @@ def test_sigterm_saves_and_exits(uninterrupted, tmp_path):
     assert stopped and process.returncode == 128 + signal.SIGTERM
     assert re.search(r'Stopped.*same command.*recovery-\d+-\d+\.pth\.tar', log)
     log = finish(start(tmp_path))
-    assert re.search('Going on from .*recovery', log)
+    assert re.search('Resuming from .*recovery', log)
     assert_same(tmp_path / 'digits', uninterrupted)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['digits']
 

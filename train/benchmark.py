@@ -31,8 +31,8 @@ from tqdm import tqdm
 from timm_dresnet.files import beside
 from timm_dresnet.folding import fold_norms
 
-from .arguments import parse_args, positive
-from .build import create_model
+from .arguments import create_parser, positive
+from .build import create_model, set_up_process
 
 _PAIRS = [('dresnet18', 'resnet18'), ('adaresnet50', 'resnet50'), ('dresnet50', 'resnet50')]
 _ALL = [('adaresnet50', 'resnet50'), *((f'dresnet{depth}', f'resnet{depth}') for depth in (18, 34, 50, 101))]
@@ -136,10 +136,10 @@ def time_in_turns(
     """Seconds of a call of each task, in each round.
 
     Args:
-        tasks: What to time. Those that are to be compared stand next to each other.
-        rounds: How often the turn comes to each.
-        wait: Returns when the device has done all that it was given.
-        title: What the progress bar says.
+        tasks: What to time. Those that are compared stand next to each other.
+        rounds: How often each is timed.
+        wait: Returns when the device has finished all work.
+        title: Text of the progress bar.
     """
     def seconds(task: Callable[[], None], calls: int) -> float:
         wait()
@@ -149,13 +149,13 @@ def time_in_turns(
         wait()
         return (time.perf_counter() - start) / calls
 
+    calls = {}
+    times: Dict[Any, List[float]] = {key: [] for key in tasks}
     with tqdm(total=len(tasks) * (rounds + 1), desc=title, unit='timing', mininterval=1) as bar:
-        calls = {}
         for key, task in tasks.items():
             seconds(task, 2)  # compiles, captures, allocates
             calls[key] = max(1, round(_SAMPLE_SECONDS / seconds(task, 1)))
             bar.update()
-        times: Dict[Any, List[float]] = {key: [] for key in tasks}
         for i in range(rounds):
             for key in list(tasks)[::-1 if i % 2 else 1]:
                 times[key].append(seconds(tasks[key], calls[key]))
@@ -171,25 +171,11 @@ def create_pair(pair: Pair, model_kwargs: Dict[str, Any]) -> Dict[str, nn.Module
     """
     torch.manual_seed(0)
     models = {}
+    cfg = timm.get_pretrained_cfg(pair.baseline)  # None if there is no such model
     for role, name, kwargs in (('model', pair.model, model_kwargs), ('baseline', pair.baseline, {})):
-        args = parse_args(['--model', name])
-        cfg = timm.get_pretrained_cfg(pair.baseline)  # None if there is no such model
-        args.num_classes = cfg and cfg.num_classes
-        args.model_kwargs = kwargs
-        models[role] = create_model(args)
+        given = dict(model=name, num_classes=cfg and cfg.num_classes, model_kwargs=kwargs)
+        models[role] = create_model(argparse.Namespace(**{**vars(create_parser().parse_args([])), **given}))
     return models
-
-
-def create_variants(pair: Pair, model_kwargs: Dict[str, Any]) -> Dict[str, Tuple[str, nn.Module]]:
-    """The models of a pair, and each as ``prepared_...`` for inference, with their names."""
-    variants = {}
-    for role, model in create_pair(pair, model_kwargs).items():
-        name = getattr(pair, role)
-        variants[role] = name, model
-        prepared = prepare_for_inference(model)
-        if prepared is not None:
-            variants[f'prepared_{role}'] = f'{name}, {prepared[0]}', prepared[1]
-    return variants
 
 
 def measure(pair: Pair, args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
@@ -202,15 +188,20 @@ def measure(pair: Pair, args: argparse.Namespace, device: torch.device) -> Dict[
     Raises:
         ValueError: If there is no such model, or it does not take its arguments or the images.
     """
-    variants = create_variants(pair, args.model_kwargs)
     size = (3, pair.img_size, pair.img_size)
-    results: Dict[str, Dict[str, Any]] = {}
-    for key, (name, model) in variants.items():
-        results[key] = dict(name=name, parameters=sum(p.numel() for p in model.parameters()))
+    models, results = create_pair(pair, args.model_kwargs), {}
+    for role in ('model', 'baseline'):
+        results[role] = dict(name=getattr(pair, role))
+        prepared = prepare_for_inference(models[role])
+        if prepared is not None:
+            results[f'prepared_{role}'] = dict(name=f'{getattr(pair, role)}, {prepared[0]}')
+            models[f'prepared_{role}'] = prepared[1]
+    for role, result in results.items():
+        result['parameters'] = sum(p.numel() for p in models[role].parameters())
         try:
-            results[key]['multiply_adds'] = count_multiply_adds(model, size)
+            result['multiply_adds'] = count_multiply_adds(models[role], size)
         except (AssertionError, RuntimeError) as e:
-            raise ValueError(f'{name} does not take images of {size}: {" ".join(str(e).split())}') from e
+            raise ValueError(f'{result["name"]} does not take images of {size}: {" ".join(str(e).split())}') from e
 
     layout = dict(memory_format=torch.contiguous_format if args.contiguous else torch.channels_last)
     images = torch.randn(pair.batch_size, *size).to(device, **layout)
@@ -224,32 +215,21 @@ def measure(pair: Pair, args: argparse.Namespace, device: torch.device) -> Dict[
         return model
 
     @torch.inference_mode()
-    def infer(model: nn.Module, images: torch.Tensor) -> None:
+    def infer(model: nn.Module, images: torch.Tensor, then: Callable[[], None] = lambda: None) -> None:
         with autocast():
             model(images)
+        then()
 
-    def infer_and_wait(model: nn.Module, images: torch.Tensor) -> None:
-        infer(model, images)
-        wait()
-
-    steps = {key: TrainingStep(place(copy.deepcopy(variants[key][1])), images, autocast)
-             for key in ('model', 'baseline')}
-    networks = {key: place(model.eval()) for key, (_, model) in variants.items()}
-    times = time_in_turns(
-        {
-            **{(key, 'image_seconds'): partial(infer_and_wait, model, images[:1]) for key, model in networks.items()},
-            **{(key, 'batch_seconds'): partial(infer, model, images) for key, model in networks.items()},
-            **{(key, 'step_seconds'): step for key, step in steps.items()},
-        },
-        args.rounds,
-        wait,
-        f'{pair.model} / {pair.baseline}',
-    )
-    for (key, column), seconds in times.items():
-        results[key][column] = seconds
+    steps = {role: TrainingStep(place(copy.deepcopy(models[role])), images, autocast) for role in ('model', 'baseline')}
+    networks = {role: place(models[role].eval()) for role in results}
+    tasks = {(role, 'image_seconds'): partial(infer, model, images[:1], wait) for role, model in networks.items()}
+    tasks |= {(role, 'batch_seconds'): partial(infer, model, images) for role, model in networks.items()}
+    tasks |= {(role, 'step_seconds'): step for role, step in steps.items()}
+    for (role, column), seconds in time_in_turns(tasks, args.rounds, wait, f'{pair.model} / {pair.baseline}').items():
+        results[role][column] = seconds
     if not args.cuda_graphs:  # these keep their memory between steps
-        for key, step in steps.items():
-            results[key]['peak_memory'] = step.peak_memory()
+        for role, step in steps.items():
+            results[role]['peak_memory'] = step.peak_memory()
     return dict(input=[pair.batch_size, *size], variants=results)
 
 
@@ -265,10 +245,9 @@ def compare(variants: Dict[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
         if role in variants and of in variants:
             a, b = variants[role], variants[of]
             row = dict(name=a['name'], baseline=b['name'])
-            for key in _COLUMNS:
-                if key in a and key in b:
-                    times = isinstance(a[key], list)
-                    row[key] = quartiles([x / y for x, y in zip(a[key], b[key])]) if times else a[key] / b[key]
+            for key in (key for key in _COLUMNS if key in a and key in b):
+                times = isinstance(a[key], list)
+                row[key] = quartiles([x / y for x, y in zip(a[key], b[key])]) if times else a[key] / b[key]
             rows.append(row)
     return rows
 
@@ -309,30 +288,31 @@ def describe(args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
     cpu = Path('/proc/cpuinfo')  # what Python knows of a processor on Linux is its architecture
     name = re.search(r'^model name\s*: (.*)', cpu.read_text(), re.MULTILINE) if cpu.exists() else None
     name = name[1] if name else platform.processor() or platform.machine()
-    setup = dict(device=device.type, CPU=f'{name} ({torch.backends.cpu.get_cpu_capability()})')
-    if device.type == 'cuda':
-        setup['device'] = torch.cuda.get_device_name(device)
-    compiling = 'torch.compile with CUDA graphs' if args.cuda_graphs else 'torch.compile' if args.compile else 'none'
-    return dict(
-        setup,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        timm=timm.__version__,
-        dtype=('bfloat16 autocast, else ' if args.amp else '') + 'float32' + ' (TF32)' * (device.type == 'cuda'),
-        layout='contiguous' if args.contiguous else 'channels-last',
-        compiler=compiling,
-        **{'image size': args.img_size, 'batch size': args.batch_size, 'rounds': args.rounds},
-    )
+    return {
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
+        'CPU': f'{name} ({torch.backends.cpu.get_cpu_capability()})',
+        'threads': torch.get_num_threads(),
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+        'dtype': ('bfloat16 autocast, else ' if args.amp else '') + 'float32' + ' (TF32)' * (device.type == 'cuda'),
+        'layout': 'contiguous' if args.contiguous else 'channels-last',
+        'compiler':
+            'torch.compile with CUDA graphs' if args.cuda_graphs else 'torch.compile' if args.compile else 'none',
+        'image size': args.img_size,
+        'batch size': args.batch_size,
+        'rounds': args.rounds,
+    }
 
 
-def write(text: str, path: Path) -> None:
-    """Write a file whole."""
-    with beside(path.parent) as new:
-        (new / path.name).write_text(text, encoding='utf-8')
+def write(text: str, path: Optional[Path]) -> None:
+    """Write a file whole, if it is asked for."""
+    if path is not None:
+        with beside(path.parent) as new:
+            (new / path.name).write_text(text, encoding='utf-8')
 
 
-def main(argv: Optional[List[str]] = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
+def create_benchmark_parser() -> argparse.ArgumentParser:
+    """The parser of `python -m train.benchmark`."""
     parser = argparse.ArgumentParser(
         prog='python -m train.benchmark',
         description='Time and memory of models as ratios to a baseline. Without --models: dresnet18 of resnet18, '
@@ -349,8 +329,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--img-size', type=positive, default=224, metavar='N', help='image size')
     parser.add_argument('-b', '--batch-size', type=positive, default=8, metavar='N', help='images in a batch')
     parser.add_argument('--rounds', type=positive, default=10, metavar='N', help='how often each is timed')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME',
-                        help='device to run on')
+    parser.add_argument('--device', metavar='NAME', help='device to run on (a GPU if there is one, if not set)')
     parser.add_argument('--threads', type=positive, metavar='N', help='CPU threads of PyTorch')
     parser.add_argument('--contiguous', action='store_true', help='contiguous memory layout instead of channels-last')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
@@ -359,44 +338,40 @@ def main(argv: Optional[List[str]] = None) -> None:
                         help='the same with CUDA graphs; peak memory is not measured')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write all that was measured, times of every round')
     parser.add_argument('--md', type=Path, metavar='FILE', help='write what is printed')
-    try:
-        args = parser.parse_args(argv)
-    except ValueError:  # from ParseKwargs
-        parser.error('--model-kwargs must be KEY=VALUE pairs, such as gate=gauss.')
+    parser.set_defaults(deterministic=False)
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = create_benchmark_parser()
+    args = parser.parse_args(argv)
     args.compile |= args.cuda_graphs
-    if bool(args.models) != bool(args.baseline):
-        parser.error('--models and --baseline need each other.')
-    if args.all and args.models:
-        parser.error('--all has models of its own: leave out either it or --models.')
+    if bool(args.models) != bool(args.baseline) or args.all and args.models:
+        parser.error('--models and --baseline need each other, and exclude --all.')
     for path in filter(None, (args.json, args.md)):
         if not path.parent.is_dir() or path.is_dir():
             parser.error(f'{path} cannot be written: it must be a file in a folder that exists.')
     try:
-        device = torch.device(args.device)
-        torch.empty(1, device=device)
-    except (AssertionError, RuntimeError) as e:
-        parser.error(f'--device {args.device}: {str(e).splitlines()[0]}')
-    if device.type not in ('cpu', 'cuda'):
-        parser.error(f'--device must be cpu or a CUDA device, not {args.device}.')
+        device = set_up_process(args).device
+    except ValueError as e:
+        parser.error(str(e))
     if args.cuda_graphs and device.type != 'cuda':
-        parser.error(f'--cuda-graphs needs a CUDA device, not {args.device}.')
+        parser.error(f'--cuda-graphs needs a CUDA device, not {device.type}.')
 
     if args.threads:
         torch.set_num_threads(args.threads)
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler logs that it finds no GPU
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # all variants share the code that is compiled for each of them
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
-    pairs = _ALL if args.all else _PAIRS
-    if args.models:
-        pairs = [(model, args.baseline) for model in args.models]
-    pairs = [Pair(*pair, args.img_size, args.batch_size) for pair in pairs]
+    names = [(model, args.baseline) for model in args.models or ()] or (_ALL if args.all else _PAIRS)
+    pairs = [Pair(*pair, args.img_size, args.batch_size) for pair in names]
     if args.all:
         pairs += [Pair(*pair, 32, 128) for pair in _ALL_CIFAR]
     command = shlex.join(['python', '-m', 'train.benchmark', *argv])
     report: Dict[str, Any] = dict(command=command, setup=describe(args, device), results=[])
     try:
-        for pair in pairs:  # what is wrong with the last need not wait for the others
+        for pair in pairs:  # errors of the last need not wait for the others
             create_pair(pair, args.model_kwargs)
         for pair in pairs:
             result = measure(pair, args, device)
@@ -405,10 +380,8 @@ def main(argv: Optional[List[str]] = None) -> None:
             gc.collect()
             if args.compile:
                 torch.compiler.reset()
-            if args.json:
-                write(json.dumps(report, indent=1), args.json)
-            if args.md:
-                write(format_report(report), args.md)
+            write(json.dumps(report, indent=1), args.json)
+            write(format_report(report), args.md)
     except (OSError, ValueError, torch.OutOfMemoryError) as e:
         sys.exit(f'python -m train.benchmark: error: {" ".join(str(e).split())}')
     print(format_report(report), end='')
