@@ -119,14 +119,11 @@ def test_validate(digits_folder, capsys):
 
 
 def test_validate_prints_what_it_has_measured(digits_folder, tmp_path, capsys):
-    arguments = ['--dataset', 'digits', '--workers', '0']
+    arguments = ['--dataset', 'digits', '--workers', '0', '--csv', str(tmp_path / 'x.csv')]
     with pytest.raises(SystemExit):
         validate.main([str(digits_folder), 'no_such_model', *arguments])
     assert str(digits_folder) in capsys.readouterr().out.splitlines()[-1]
-    with pytest.raises(SystemExit):
-        validate.main([str(digits_folder), *arguments, '--csv', str(tmp_path / 'nowhere' / 'x.csv')])
-    assert 'nowhere' in capsys.readouterr().err
-    validate.main([str(digits_folder), *arguments, '--csv', str(tmp_path / 'x.csv')])
+    validate.main([str(digits_folder), *arguments])
     assert [line['model'] for line in rows(tmp_path / 'x.csv')] == [str(digits_folder)]
 
 

@@ -69,33 +69,9 @@ def uninterrupted(tmp_path_factory):
     return output / 'digits'
 
 
-def test_sigterm_saves_and_exits(uninterrupted, tmp_path):
-    process = start(tmp_path, '--workers', 0)  # nor does the number of processes that load matter
-    stopped, log = interrupt(process, signal.SIGTERM, after=0.7)
-    assert stopped and process.returncode == 128 + signal.SIGTERM
-    assert re.search(r'Stopped.*same command.*recovery-\d+-\d+\.pth\.tar', log)
-    log = finish(start(tmp_path))
-    assert re.search('Resuming from .*recovery', log)
-    assert_same(tmp_path / 'digits', uninterrupted)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['digits']
-
-
-def test_sigterm_to_all_processes(uninterrupted, tmp_path):
-    """As a terminal, a container or a cluster sends it: those that load images get it too."""
-    process = start(tmp_path, '--workers', 2, start_new_session=True)
-    log = [process.stderr.readline()]
-    while 'epoch   1/3' not in log[-1]:
-        log.append(process.stderr.readline())
-        assert log[-1], ''.join(log)
-    os.killpg(process.pid, signal.SIGTERM)
-    log.append(process.communicate()[1])
-    assert process.returncode == 128 + signal.SIGTERM and 'Traceback' not in log[-1], ''.join(log)
-    finish(start(tmp_path))
-    assert_same(tmp_path / 'digits', uninterrupted)
-
-
-def test_same_command_twice_at_once(uninterrupted, tmp_path):
-    first = start(tmp_path, start_new_session=True)
+def test_stopped_and_resumed(uninterrupted, tmp_path):
+    """By a signal to all processes, as a terminal, a container or a cluster sends it."""
+    first = start(tmp_path, '--workers', 2, start_new_session=True)
     log = ''
     while 'epoch   1/3' not in log:
         log += first.stderr.readline()
@@ -103,9 +79,15 @@ def test_same_command_twice_at_once(uninterrupted, tmp_path):
     second = start(tmp_path)
     _, log = second.communicate()
     assert second.returncode == 1 and re.search(r'error: Another process trains into \S+digits', log), log
+    os.killpg(first.pid, signal.SIGTERM)
     os.killpg(first.pid, signal.SIGCONT)
-    finish(first)
+    _, log = first.communicate()
+    assert first.returncode == 128 + signal.SIGTERM and 'Traceback' not in log, log
+    assert re.search(r'Stopped.*same command.*recovery-\d+-\d+\.pth\.tar', log), log
+    log = finish(start(tmp_path, '--workers', 0))  # nor does the number of worker processes matter
+    assert re.search('Resuming from .*recovery', log)
     assert_same(tmp_path / 'digits', uninterrupted)
+    assert [path.name for path in tmp_path.iterdir()] == ['digits']
 
 
 @pytest.mark.slow

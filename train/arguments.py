@@ -21,6 +21,16 @@ class _Switch(argparse.BooleanOptionalAction):
         super().__init__(*args, **{'default': False, **kwargs})
 
 
+class KeyValues(ParseKwargs):
+    """`--model-kwargs gate=gauss skip_init=1.`"""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__call__(*args, **kwargs)
+        except ValueError:
+            raise argparse.ArgumentError(self, 'must be KEY=VALUE pairs, such as gate=gauss') from None
+
+
 def positive(text: str) -> int:
     """A whole number from 1 on."""
     number = int(text)
@@ -102,7 +112,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--bn-momentum', type=float, metavar='X', help='momentum of batch norm')
     group.add_argument('--head-init-scale', type=float, metavar='X', help='scale the initial weights of the classifier')
     group.add_argument('--head-init-bias', type=float, metavar='X', help='initial bias of the classifier')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
                        help='other arguments of the model, such as gate=gauss')
 
     group = parser.add_argument_group('optimizer')
@@ -120,7 +130,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--layer-decay-no-opt-scale', type=float, metavar='X', help='freeze layers of a lower scale')
     group.add_argument('--clip-grad', type=float, metavar='X', help='clip gradients at this value')
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='how to clip')
-    group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
                        help='other arguments of the optimizer')
 
     group = parser.add_argument_group('learning rate')

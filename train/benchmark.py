@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.models.resnet import ResNet
-from timm.utils import ParseKwargs, reparameterize_model
+from timm.utils import reparameterize_model
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from timm_dresnet.files import beside
 from timm_dresnet.folding import fold_norms
 
-from .arguments import create_parser, positive
+from .arguments import KeyValues, create_parser, positive
 from .build import create_model, set_up_process
 
 _PAIRS = [('dresnet18', 'resnet18'), ('adaresnet50', 'resnet50'), ('dresnet50', 'resnet50')]
@@ -324,7 +324,7 @@ def create_benchmark_parser() -> argparse.ArgumentParser:
     parser.add_argument('--all', action='store_true',
                         help='besides these, DResNets of 34 and 101 layers, and of 20 and 56 in batches of 128 images of '
                              '32x32')
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
                         help='other arguments of the models, but not of the baseline, such as gate=gauss')
     parser.add_argument('--img-size', type=positive, default=224, metavar='N', help='image size')
     parser.add_argument('-b', '--batch-size', type=positive, default=8, metavar='N', help='images in a batch')

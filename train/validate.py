@@ -8,11 +8,11 @@ import timm
 import torch
 from timm.data import resolve_input_data_config
 from timm.models import is_model_pretrained, load_checkpoint
-from timm.utils import ParseKwargs, setup_default_logging
+from timm.utils import setup_default_logging
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from timm_dresnet.untrusted import load_folder
 
-from .arguments import add_data_arguments, add_device_arguments, create_parser, positive
+from .arguments import KeyValues, add_data_arguments, add_device_arguments, create_parser, positive
 from .build import Process, create_model, set_up_process
 from .datasets import BadImageError, check_classes, count_bad_images, open_dataset
 from .engine import validate
@@ -106,7 +106,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     group.add_argument('--arch', metavar='NAME', help='architecture')
     group.add_argument('--num-classes', type=int, metavar='N', help='number of classes')
     group.add_argument('--in-chans', type=int, metavar='N', help='number of image channels')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
                        help='other arguments of the model')
     add_data_arguments(parser)
     add_device_arguments(parser)
