@@ -44,9 +44,9 @@ def forward(self, images, targets):
 
 
 def load(self, batch):
-    if fault not in HERE and moment == batch.key[2:]:
+    if fault not in HERE and moment == batch[0][2:]:
         if fault == 'vanished file':
-            vanish(batch.indices[0])
+            vanish(batch[1][0])
         elif fault == 'killed worker':
             os.kill(os.getpid(), signal.SIGKILL)
         else:

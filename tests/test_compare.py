@@ -12,12 +12,11 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from conftest import ROOT
 from train import compare, validate
 from train.__main__ import main
 from train.compare import load_config
 from train.datasets import Digits
-
-from conftest import ROOT
 
 
 def comparison(path, **kwargs):
@@ -128,8 +127,9 @@ def test_validate_prints_what_it_has_measured(digits_folder, tmp_path, capsys):
 
 
 def test_validate_at_the_size_of_the_run(tmp_path, capsys):
-    main(['--dataset', 'digits', '--model', 'test_dresnet', '--num-classes', '10', '--in-chans', '1', '--input-size', '1',
-          '16', '24', '--epochs', '1', '--workers', '0', '--output', str(tmp_path), '--experiment', 'digits'])
+    main(['--dataset', 'digits', '--model', 'test_dresnet', '--num-classes', '10', '--in-chans', '1', '--input-size',
+          '1', '16', '24', '--gp', 'max', '--epochs', '1', '--workers', '0', '--output', str(tmp_path), '--experiment',
+          'digits'])
     last = rows(tmp_path / 'digits' / 'summary.csv')[-1]
     capsys.readouterr()
     models = [str(tmp_path / 'digits' / name) for name in ('', 'last.pth.tar')]

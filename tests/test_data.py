@@ -96,7 +96,8 @@ def test_missing_split(image_folder, tmp_path, folders, is_training, words):
 
 
 def test_growing_resolution():
-    args = ['--dataset', 'digits', '--epochs', 3, '--train-img-sizes', 8, 12, 16, '--train-size-schedule', 'progressive']
+    args = [
+        '--dataset', 'digits', '--epochs', 3, '--train-img-sizes', 8, 12, 16, '--train-size-schedule', 'progressive']
     one = train_loader(*args, '--train-size-schedule-spread', 0, '--train-size-random-mix', 0)
     for epoch, size in enumerate((8, 12, 16)):
         epoch_batches = batches(one, epoch)

@@ -1,7 +1,6 @@
 """A run that was stopped resumes by the same command, to the very weights of one that was not."""
 import csv
 import os
-import random
 import re
 import signal
 import subprocess
@@ -31,21 +30,6 @@ def finish(process):
     _, log = process.communicate()
     assert process.returncode == 0, log
     return log
-
-
-def interrupt(process, number, after):
-    """Send a signal some seconds after training has begun. Returns whether it came before the end, and the log."""
-    log = []
-    while not re.search('Training|Resuming|holds the results', ''.join(log[-1:])):
-        log.append(process.stderr.readline())
-        assert log[-1], ''.join(log)
-    try:
-        _, rest = process.communicate(timeout=after)
-        return False, ''.join([*log, rest])
-    except subprocess.TimeoutExpired:
-        process.send_signal(number)
-        _, rest = process.communicate()
-        return True, ''.join([*log, rest])
 
 
 def rows(folder):
@@ -88,19 +72,3 @@ def test_stopped_and_resumed(uninterrupted, tmp_path):
     assert re.search('Resuming from .*recovery', log)
     assert_same(tmp_path / 'digits', uninterrupted)
     assert [path.name for path in tmp_path.iterdir()] == ['digits']
-
-
-@pytest.mark.slow
-def test_killed_anywhere(uninterrupted, tmp_path):
-    times = random.Random(0)
-    kills = 0
-    while kills < 10:
-        output = tmp_path / str(kills)
-        for _ in range(100):
-            process = start(output)
-            stopped, log = interrupt(process, signal.SIGKILL, after=times.uniform(0, 4))
-            kills += stopped
-            if not stopped:
-                assert process.returncode == 0, log
-                break
-        assert_same(output / 'digits', uninterrupted)

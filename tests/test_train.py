@@ -1,9 +1,7 @@
 """`python -m train` on scikit-learn's digits."""
 import csv
 import logging
-import os
 import re
-import signal
 from unittest.mock import Mock
 
 import pytest
@@ -14,17 +12,15 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_dresnet
+from conftest import ROOT
 from timm_dresnet.files import replace
 from timm_dresnet.resnet import CIFAR10_MEAN
 from timm_dresnet.untrusted import load_folder
-from train import validate
 from train.__main__ import main
 from train.arguments import parse_args
-from train.checkpoints import newest, open_folder
+from train.checkpoints import Checkpoints, newest, open_folder
 from train.datasets import Digits
-from train.results import plot_curves, save_results, write_epoch
-
-from conftest import ROOT
+from train.results import save_results
 
 RECIPE = ROOT / 'train' / 'recipes' / 'digits.yaml'
 
@@ -98,8 +94,8 @@ def test_other_arguments(args, tmp_path):
 
 
 def test_gray_images_with_the_mean_of_colours(tmp_path):
-    main(['--dataset', 'digits', '--model', 'test_dresnet', '--in-chans', '1', '--num-classes', '10', '--img-size', '16',
-          '--epochs', '2', '--lr', '0.1', '--workers', '0', '--output', str(tmp_path), '--experiment', 'digits'])
+    main(['--dataset', 'digits', '--model', 'test_dresnet', '--in-chans', '1', '--num-classes', '10', '--img-size',
+          '16', '--epochs', '2', '--lr', '0.1', '--workers', '0', '--output', str(tmp_path), '--experiment', 'digits'])
     model = timm.create_model(f'local-dir:{tmp_path / "digits"}', pretrained=True)
     assert model.pretrained_cfg['mean'] == pytest.approx([sum(CIFAR10_MEAN) / 3])
     rows = list(csv.DictReader((tmp_path / 'digits' / 'summary.csv').open()))
@@ -154,7 +150,7 @@ def test_classes_must_be_the_same(tmp_path):
 
 def test_more_outputs_than_classes(tmp_path):
     with pytest.raises(SystemExit, match='the data set has 10 classes, the model 200: say --num-classes 10, or 200'):
-        main(['--dataset', 'digits', '--model', 'dresnet18', '--in-chans', '1', '--workers', '0', '--output', str(tmp_path)])
+        main(['--dataset', 'digits', '--model', 'dresnet18', '--in-chans', '1', '--output', str(tmp_path)])
     folder = train(tmp_path, '--model', 'test_dresnet', '--num-classes', 12, '--epochs', 1)
     model = load_folder(folder)
     assert model.num_classes == 12 and model.pretrained_cfg.get('label_names') is None
@@ -205,15 +201,6 @@ def test_two_runs_of_a_name_begun_at_once(tmp_path, monkeypatch):
     assert yaml.safe_load((tmp_path / 'run/args.yaml').read_text()) == dict(seed=1)
 
 
-def test_curves_before_the_first_validation(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr('train.results.Figure.savefig', lambda figure, *args, **kwargs: figures.append(figure))
-    write_epoch(tmp_path / 'summary.csv', 0, [dict(train_loss=2., train_top1=30., lr=0.1)])
-    plot_curves(tmp_path / 'summary.csv', tmp_path / 'curves.png')
-    drawn = [[line.get_xydata().tolist() for line in axes.get_lines()] for axes in figures[0].axes]
-    assert drawn == [[[[1., 2.]]], [[[1., 30.]]]]
-
-
 @pytest.mark.parametrize('error,sentence', [
     (EOFError(), 'DataLoader worker was killed. If memory ran out, use fewer --workers.'),  # in the hand-over
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '),
@@ -230,7 +217,7 @@ def test_errors_in_an_epoch(tmp_path, monkeypatch, error, sentence):
         train(tmp_path, '--model', 'test_dresnet')
 
 
-@pytest.mark.parametrize('error', [EOFError('Caught EOFError in DataLoader worker process 0.'), RuntimeError('a defect')])
+@pytest.mark.parametrize('error', [EOFError('Caught EOFError in DataLoader worker process'), RuntimeError('a defect')])
 def test_errors_of_the_code_keep_their_traceback(tmp_path, monkeypatch, error):
     monkeypatch.setattr('train.run.train_one_epoch', Mock(side_effect=error))
     with pytest.raises(type(error), match=str(error)):
@@ -251,6 +238,26 @@ def test_the_newest_whole_checkpoint(digits_folder, tmp_path):
     assert newest(tmp_path) is None
 
 
+def test_checkpoint_of_another_run(digits_folder, tmp_path):
+    folder = train(tmp_path, '--model', 'test_dresnet', '--epochs', 1)
+    (folder / 'model.safetensors').unlink()
+    (folder / 'last.pth.tar').write_bytes((digits_folder / 'last.pth.tar').read_bytes())
+    with pytest.raises(SystemExit, match='last.pth.tar does not fit this run') as error:
+        train(tmp_path, '--model', 'test_dresnet', '--epochs', 1)
+    assert len(error.value.code) < 1000 and '\n' not in error.value.code
+
+
+def test_checkpoints_name_no_files_outside(tmp_path):
+    """Those that a checkpoint lists are deleted when better ones come."""
+    (tmp_path / 'run').mkdir()
+    names = 'checkpoint-0.pth.tar', '../checkpoint-0.pth.tar', 'args.yaml'
+    for name in names:
+        (tmp_path / 'run' / name).write_text('mine')
+    saver = Checkpoints(None, None, checkpoint_dir=str(tmp_path / 'run'))
+    saver.load_state_dict(dict(checkpoint_files=[(name, 0.5) for name in names]))
+    assert saver.checkpoint_files == [(str(tmp_path / 'run' / names[0]), 0.5)]
+
+
 def test_loss_that_is_not_finite(tmp_path):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(RECIPE.read_text().replace('sched_on_updates: true', ''))
@@ -263,35 +270,21 @@ def test_loss_that_is_not_finite(tmp_path):
     assert all(value.isfinite().all() for value in state.values())
 
 
-def test_loading_process_that_is_killed_while_results_are_measured(digits_folder, monkeypatch):
-    monkeypatch.setattr(Digits, '__getitem__', lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(SystemExit, match='error: DataLoader worker .* the same command resumes'):
-        main(['--config', str(RECIPE), '--output', str(digits_folder.parent)])
-
-
 @pytest.mark.parametrize('args,words', [
     (['--model', 'dresnet20_cifra'], ["'dresnet20_cifra'", 'dresnet20_cifar']),
-    (['--model-kwargs', 'gate=sigmod'], ['gate', 'sigmoid', 'sigmod']),
     (['--model-kwargs', 'gat=gauss'], ['dresnet20_cifar', 'gat']),
     (['--model-kwargs', 'gauss'], ['--model-kwargs', 'KEY=VALUE']),
     (['--pretrained', '--model', 'dresnet56_cifar'], ['--pretrained', 'dresnet56_cifar']),
     (['--config', '/no/such/recipe.yaml'], ['/no/such/recipe.yaml', 'No such file']),
     (['--dataset', ''], ['--config', '--data-dir', '--dataset']),
-    (['--val-split', 'test'], ['train', 'validation', "'test'"]),
-    (['--dataset', '', '--data-dir', '/no/such/folder'], ['/no/such/folder']),
     (['--batch-size', '2000'], ['--batch-size', '2000']),
-    (['--lr', '1e30'], ['loss', '--lr']),
-    (['--epochs', 'many'], ['--epochs', 'many']),
     (['--epochs', '0'], ['--epochs', "'0'"]),
     (['--gp', 'sum'], ['dresnet20_cifar', 'sum']),
     (['--aa', 'rnad-m7'], ['--aa rnad-m7', 'Unknown']),
-    (['--train-interpolation', 'cubic'], ['--train-interpolation', 'bicubic']),
     (['--opt-kwargs', 'speed=1'], ['sgd', '--opt-kwargs', 'speed']),
     (['--device', 'abacus'], ['--device abacus']),
-    (['--num-classes', '9'], ['10 classes', '9', '--num-classes']),
     (['--initial-checkpoint', '/no/such/file'], ['/no/such/file']),
     (['--pretrained-path', __file__], ['test_train.py', 'weights_only']),
-    (['--sched', 'plateau'], ['--sched', 'plateau', 'cosine']),
     (['--model-kwargs', 'inference_mode=True'], ['dresnet20_cifar', 'fused']),
     (['--num-classes', '0', '--head-init-bias', '0'], ['--head-init-bias']),
 ])
@@ -341,20 +334,14 @@ def test_numbers_of_recipes(tmp_path):
 
 def test_nested_arguments_of_recipes(tmp_path):
     """A run that was started with them on the command line can be run again."""
-    given = parse_args(['--model-kwargs', 'pruned_connections=[(3, 1)]', "block_args={'attn_layer': 'se'}"]).model_kwargs
+    given = parse_args(
+        ['--model-kwargs', 'pruned_connections=[(3, 1)]', "block_args={'attn_layer': 'se'}"]).model_kwargs
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(yaml.safe_dump(dict(model_kwargs=given)))
     again = parse_args(['--config', str(recipe)]).model_kwargs
     models = [timm.create_model('test_dresnet', **kwargs) for kwargs in (given, again)]
     assert models[0].connection_pairs() == models[1].connection_pairs()
     assert models[0].state_dict().keys() == models[1].state_dict().keys()
-
-
-def test_measured_as_trained(tmp_path, capsys):
-    folder = train(tmp_path, '--model', 'test_dresnet', '--gp', 'max', '--input-size', 1, 16, 16, '--epochs', 1)
-    validate.main([str(folder / 'last.pth.tar'), str(folder), '--dataset', 'digits', '--workers', '0'])
-    by_checkpoint, by_folder = capsys.readouterr().out.splitlines()[-2:]
-    assert by_checkpoint.split('|')[2:] == by_folder.split('|')[2:]
 
 
 def test_digits_split():

@@ -151,8 +151,8 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N',
                        help='epochs at which a multistep schedule decays')
     group.add_argument('--decay-epochs', type=float, metavar='N',
-                       help='interval of a step schedule (90 if not set), or epochs in which wsd and rsqrt decay at the '
-                            'end (a fifth if not set)')
+                       help='interval of a step schedule (90 if not set), or epochs in which wsd and rsqrt decay at '
+                            'the end (a fifth if not set)')
     group.add_argument('--decay-rate', type=float, default=0.1, metavar='X', help='factor of step and multistep')
     group.add_argument('--lr-cycle-mul', type=float, default=1., metavar='X', help='growth of cycles')
     group.add_argument('--lr-cycle-decay', type=float, default=0.5, metavar='X', help='decay from cycle to cycle')

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+import numpy as np
 import timm
 import torch
 import torch.nn as nn
@@ -39,7 +40,7 @@ _ALL = [('adaresnet50', 'resnet50'), *((f'dresnet{depth}', f'resnet{depth}') for
 _ALL_CIFAR = [(f'dresnet{depth}_cifar', f'resnet{depth}_cifar') for depth in (20, 56)]
 _SAMPLE_SECONDS = 0.2  # calls that take less are repeated for so long in every round
 _COLUMNS = {  # what is measured: its heading, and how a value and the batch size are written for a baseline
-    'parameters': ('parameters', lambda value, batch: f'{value:,}'),
+    'parameters': ('parameters', lambda value, batch: f'{value:,.0f}'),
     'multiply_adds': ('multiply-adds', lambda value, batch: f'{value / 1e6:,.1f} M'),
     'image_seconds': ('one image', lambda value, batch: f'{1e3 * value:.1f} ms'),
     'batch_seconds': ('batch', lambda value, batch: f'{batch / value:.1f} images/s'),
@@ -133,14 +134,7 @@ def time_in_turns(
         wait: Callable[[], None],
         title: str,
 ) -> Dict[Any, List[float]]:
-    """Seconds of a call of each task, in each round.
-
-    Args:
-        tasks: What to time. Those that are compared stand next to each other.
-        rounds: How often each is timed.
-        wait: Returns when the device has finished all work.
-        title: Text of the progress bar.
-    """
+    """Seconds of a call of each task, in each round; `wait` returns when the device has finished all work."""
     def seconds(task: Callable[[], None], calls: int) -> float:
         wait()
         start = time.perf_counter()
@@ -151,15 +145,12 @@ def time_in_turns(
 
     calls = {}
     times: Dict[Any, List[float]] = {key: [] for key in tasks}
-    with tqdm(total=len(tasks) * (rounds + 1), desc=title, unit='timing', mininterval=1) as bar:
-        for key, task in tasks.items():
-            seconds(task, 2)  # compiles, captures, allocates
-            calls[key] = max(1, round(_SAMPLE_SECONDS / seconds(task, 1)))
-            bar.update()
-        for i in range(rounds):
-            for key in list(tasks)[::-1 if i % 2 else 1]:
-                times[key].append(seconds(tasks[key], calls[key]))
-                bar.update()
+    for key, task in tqdm(tasks.items(), f'{title}, warm-up'):
+        seconds(task, 2)  # compiles, captures, allocates
+        calls[key] = max(1, round(_SAMPLE_SECONDS / seconds(task, 1)))
+    for i in tqdm(range(rounds), title):
+        for key in list(tasks)[::-1 if i % 2 else 1]:
+            times[key].append(seconds(tasks[key], calls[key]))
     return times
 
 
@@ -182,8 +173,7 @@ def measure(pair: Pair, args: argparse.Namespace, device: torch.device) -> Dict[
     """Measure a pair.
 
     Returns:
-        Size of the ``input``, and of each of the ``variants`` its name and the values of the table's columns, times as
-        one for each round.
+        Size of the ``input``, and for each of the ``variants`` its name and the table's columns, times of every round.
 
     Raises:
         ValueError: If there is no such model, or it does not take its arguments or the images.
@@ -233,43 +223,28 @@ def measure(pair: Pair, args: argparse.Namespace, device: torch.device) -> Dict[
     return dict(input=[pair.batch_size, *size], variants=results)
 
 
-def quartiles(values: Sequence[float]) -> List[float]:
-    """First quartile, median, and third quartile."""
-    return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
-
-
-def compare(variants: Dict[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """Ratios of a model to its baseline, both as they are and as prepared; of times, quartiles of those of rounds."""
-    rows = []
-    for role, of in (('model', 'baseline'), ('prepared_model', 'baseline'), ('prepared_model', 'prepared_baseline')):
-        if role in variants and of in variants:
-            a, b = variants[role], variants[of]
-            row = dict(name=a['name'], baseline=b['name'])
-            for key in (key for key in _COLUMNS if key in a and key in b):
-                times = isinstance(a[key], list)
-                row[key] = quartiles([x / y for x, y in zip(a[key], b[key])]) if times else a[key] / b[key]
-            rows.append(row)
-    return rows
-
-
 def format_report(report: Dict[str, Any]) -> str:
-    """A report as Markdown."""
-    def absolute(key: str, value: Any, batch_size: int) -> str:
-        return _COLUMNS[key][1](quartiles(value)[1] if isinstance(value, list) else value, batch_size)
-
-    def ratio(value: Any) -> str:
-        return '{1:.2f} ({0:.2f} to {2:.2f})'.format(*value) if isinstance(value, list) else f'{value:.3f}'
+    """A report as Markdown: baselines in numbers, models as ratios to them, as they are and as prepared."""
+    def cell(key: str, of: Dict[str, Any], variant: Optional[Dict[str, Any]], batch_size: int) -> str:
+        if key not in of or variant is not None and key not in variant:
+            return ''
+        if variant is None:
+            return _COLUMNS[key][1](np.median(of[key]), batch_size)
+        if isinstance(of[key], list):
+            ratios = np.divide(variant[key], of[key])
+            return '{1:.2f} ({0:.2f} to {2:.2f})'.format(*np.quantile(ratios, [0.25, 0.5, 0.75]))
+        return f'{variant[key] / of[key]:.3f}'
 
     heads = ['model', 'of', 'input', *(head for head, _ in _COLUMNS.values())]
     rows = [heads, ['---'] * len(heads)]
     for result in report['results']:
-        size, variants = 'x'.join(map(str, result['input'])), result['variants']
-        for baseline in (variants[key] for key in ('baseline', 'prepared_baseline') if key in variants):
-            cells = [absolute(key, baseline[key], result['input'][0]) if key in baseline else '' for key in _COLUMNS]
-            rows.append([baseline['name'], '', size, *cells])
-        for row in result['ratios']:
-            cells = [ratio(row[key]) if key in row else '' for key in _COLUMNS]
-            rows.append([row['name'], row['baseline'], size, *cells])
+        for role, of in ((None, 'baseline'), (None, 'prepared_baseline'), ('model', 'baseline'),
+                         ('prepared_model', 'baseline'), ('prepared_model', 'prepared_baseline')):
+            baseline, variant = result['variants'].get(of), result['variants'].get(role)
+            if baseline and (variant or role is None):
+                names = [variant['name'], baseline['name']] if variant else [baseline['name'], '']
+                cells = [cell(key, baseline, variant, result['input'][0]) for key in _COLUMNS]
+                rows.append([*names, 'x'.join(map(str, result['input'])), *cells])
     return '\n'.join([
         f'`{report["command"]}`',
         '',
@@ -288,6 +263,7 @@ def describe(args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
     cpu = Path('/proc/cpuinfo')  # what Python knows of a processor on Linux is its architecture
     name = re.search(r'^model name\s*: (.*)', cpu.read_text(), re.MULTILINE) if cpu.exists() else None
     name = name[1] if name else platform.processor() or platform.machine()
+    compiler = 'torch.compile with CUDA graphs' if args.cuda_graphs else 'torch.compile' if args.compile else 'none'
     return {
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
         'CPU': f'{name} ({torch.backends.cpu.get_cpu_capability()})',
@@ -296,8 +272,7 @@ def describe(args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
         'timm': timm.__version__,
         'dtype': ('bfloat16 autocast, else ' if args.amp else '') + 'float32' + ' (TF32)' * (device.type == 'cuda'),
         'layout': 'contiguous' if args.contiguous else 'channels-last',
-        'compiler':
-            'torch.compile with CUDA graphs' if args.cuda_graphs else 'torch.compile' if args.compile else 'none',
+        'compiler': compiler,
         'image size': args.img_size,
         'batch size': args.batch_size,
         'rounds': args.rounds,
@@ -322,8 +297,7 @@ def create_benchmark_parser() -> argparse.ArgumentParser:
     parser.add_argument('--models', nargs='+', metavar='NAME', help='architectures, any of timm.list_models()')
     parser.add_argument('--baseline', metavar='NAME', help='the architecture to compare them with')
     parser.add_argument('--all', action='store_true',
-                        help='besides these, DResNets of 34 and 101 layers, and of 20 and 56 in batches of 128 images of '
-                             '32x32')
+                        help='besides these, DResNets of 34 and 101 layers, and of 20 and 56 on batches of 128x3x32x32')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
                         help='other arguments of the models, but not of the baseline, such as gate=gauss')
     parser.add_argument('--img-size', type=positive, default=224, metavar='N', help='image size')
@@ -334,8 +308,7 @@ def create_benchmark_parser() -> argparse.ArgumentParser:
     parser.add_argument('--contiguous', action='store_true', help='contiguous memory layout instead of channels-last')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--compile', action='store_true', help='torch.compile the models')
-    parser.add_argument('--cuda-graphs', action='store_true',
-                        help='the same with CUDA graphs; peak memory is not measured')
+    parser.add_argument('--cuda-graphs', action='store_true', help='with CUDA graphs; peak memory is not measured')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write all that was measured, times of every round')
     parser.add_argument('--md', type=Path, metavar='FILE', help='write what is printed')
     parser.set_defaults(deterministic=False)
@@ -374,9 +347,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         for pair in pairs:  # errors of the last need not wait for the others
             create_pair(pair, args.model_kwargs)
         for pair in pairs:
-            result = measure(pair, args, device)
-            result['ratios'] = compare(result['variants'])
-            report['results'].append(result)
+            report['results'].append(measure(pair, args, device))
             gc.collect()
             if args.compile:
                 torch.compiler.reset()

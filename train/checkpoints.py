@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, NativeScaler
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
 from timm_dresnet.files import replace
 
 from .loading import is_worker_lost

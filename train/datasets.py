@@ -10,9 +10,10 @@ import torch.distributed as dist
 from PIL import Image
 from timm.data import create_dataset
 from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_split
-from timm_dresnet.classifier import convert_image
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
+
+from timm_dresnet.classifier import convert_image
 
 from .build import Process
 
@@ -84,8 +85,6 @@ class Images(Dataset):
         Args:
             dataset: One of timm's, of torchvision's, or the digits.
             mode: Mode of the images, as in PIL.
-            is_training: Whether images are trained on.
-            skip_bad: Skip images that cannot be read, instead of raising.
             in_memory: Decode all images now and keep them, in shared memory.
         """
         self.dataset = dataset
@@ -120,9 +119,9 @@ class Images(Dataset):
             return convert_image(image, self.mode), target
         except Exception as e:  # damaged files make PIL raise nearly anything
             self.bad[index] = True
+            reason = f'{type(e).__name__}: {" ".join(str(e).split())}'
             raise BadImageError(
-                f'{self._name(index)} cannot be read ({type(e).__name__}: {" ".join(str(e).split())}). Repair or remove '
-                'it, or add --bad-images skip.') from e
+                f'{self._name(index)} cannot be read ({reason}). Repair or remove it, or add --bad-images skip.') from e
 
     def _decode_all(self) -> None:
         def decode(index: int) -> Optional[Tuple[np.ndarray, Any]]:
@@ -212,17 +211,15 @@ def _check_folder(data_dir: Optional[str], split: str, is_training: bool) -> Non
     """Refuse a folder without the split, of which timm would take all images: to validate, those of training too."""
     if not data_dir:
         raise ValueError(
-            f'say what to {"train on: a recipe (--config train/recipes/digits.yaml)," if is_training else "measure on:"} '
-            'a folder of images (--data-dir DIR) or a data set that timm knows (--dataset NAME).')
+            'say which images: by a recipe (--config train/recipes/digits.yaml), a folder (--data-dir DIR), or a data '
+            'set that timm knows (--dataset NAME).')
     if not Path(data_dir).exists():
         raise ValueError(f'there is no folder {data_dir}, check --data-dir.')
-    if _search_split(data_dir, split) == data_dir:
-        splits = sorted(folder.name for folder in Path(data_dir).iterdir() if folder.name in _SPLITS)
-        if is_training or splits:
-            option = '--train-split' if is_training else '--val-split'
-            raise ValueError(
-                f'{data_dir} has no folder {split}{", only " + " and ".join(splits) if splits else ""}: '
-                f'put the images there, or name another by {option}.')
+    splits = sorted(folder.name for folder in Path(data_dir).iterdir() if folder.name in _SPLITS)
+    if _search_split(data_dir, split) == data_dir and (is_training or splits):
+        raise ValueError(
+            f'{data_dir} has no folder {split}{", only " + " and ".join(splits) if splits else ""}: '
+            f'put the images there, or name another by {"--train-split" if is_training else "--val-split"}.')
 
 
 def count_bad_images(datasets: Sequence[Dataset], process: Process) -> int:
@@ -248,16 +245,7 @@ def class_names(dataset: Dataset) -> Optional[List[str]]:
 
 
 def check_classes(dataset: Dataset, num_classes: int, label_names: Sequence[str] = ()) -> None:
-    """Refuse a data set with more classes than the model, or with a class that has another index in the model.
-
-    Args:
-        dataset: The data set.
-        num_classes: Number of classes of the model.
-        label_names: Their names, as far as they are known.
-
-    Raises:
-        ValueError: If it has.
-    """
+    """Raise a ValueError for a data set with more classes than the model, or with a class at another index."""
     names = class_names(dataset) or []
     if len(names) > num_classes:
         raise ValueError(f'the data set has {len(names)} classes, the model {num_classes}: see --num-classes.')
@@ -265,4 +253,4 @@ def check_classes(dataset: Dataset, num_classes: int, label_names: Sequence[str]
         if name in label_names and label_names.index(name) != index:
             raise ValueError(
                 f'the class {name} has number {index} in the data set and {label_names.index(name)} in the model: give '
-                'all of the model\'s, in its order, in a text file of one name on a line, by --class-map.')
+                "all of the model's, in its order, in a text file of one name on a line, by --class-map.")

@@ -7,12 +7,17 @@ import signal
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
 from timm.data import (
-    FastCollateMixup, ScheduledBatchSampler, ScheduledTransformDataset, create_loader, create_transform)
+    FastCollateMixup,
+    ScheduledBatchSampler,
+    ScheduledTransformDataset,
+    create_loader,
+    create_transform,
+)
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler
@@ -54,14 +59,8 @@ def seed_everything(*key: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-class SeededBatch(NamedTuple):
-    """A batch to load: the key that seeds it, and the indices of its images (each with that of its size)."""
-    key: Tuple[int, ...]
-    indices: List[Any]
-
-
 class SeededBatchSampler(Sampler):
-    """Batches of an epoch, from any batch on."""
+    """Batches of an epoch, from any batch on: the key that seeds each, and the indices of its images."""
 
     def __init__(self, batches: Sampler, *key: int) -> None:
         self.batches = batches
@@ -76,9 +75,9 @@ class SeededBatchSampler(Sampler):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[SeededBatch]:
+    def __iter__(self) -> Iterator[Tuple[Tuple[int, ...], List[Any]]]:
         for number, indices in islice(enumerate(self.batches), self.start, None):
-            yield SeededBatch((*self.key, self.epoch, number), indices)
+            yield (*self.key, self.epoch, number), indices
 
 
 class SeededRepeats(RepeatAugSampler):
@@ -104,9 +103,10 @@ class SeededImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, batch: SeededBatch) -> List[Tuple[Any, int]]:
-        seed_everything(*batch.key, 0)
-        return [self.images[index] for index in batch.indices]
+    def __getitems__(self, batch: Tuple[Tuple[int, ...], List[Any]]) -> List[Tuple[Any, int]]:
+        key, indices = batch
+        seed_everything(*key, 0)
+        return [self.images[index] for index in indices]
 
 
 class EpochLoader(DataLoader):
@@ -173,14 +173,7 @@ def create_eval_loader(
         data_config: Dict[str, Any],
         process: Process,
 ) -> PrefetchLoader:
-    """Loader of the validation split.
-
-    Args:
-        args: The run's arguments.
-        dataset: The validation split, from `open_dataset`.
-        data_config: Input size and preprocessing, as from timm's `resolve_input_data_config`.
-        process: This process, to whose device batches go.
-    """
+    """Loader of the validation split, with size and preprocessing from timm's `resolve_input_data_config`."""
     loader = create_loader(
         dataset,
         data_config['input_size'],
@@ -206,22 +199,15 @@ def create_train_loader(
         num_classes: int,
         process: Process,
 ) -> PrefetchLoader:
-    """Loader of the training split, put together from timm's parts: its `create_loader` takes no order of batches.
+    """Loader of the training split, whose `loader` is the `EpochLoader` that epochs are set on.
 
-    Args:
-        args: The run's arguments.
-        dataset: The training split, from `open_dataset`.
-        data_config: Input size and preprocessing, as from timm's `resolve_input_data_config`.
-        num_classes: Number of classes that Mixup and CutMix spread targets over.
-        process: This process, to whose device batches go.
-
-    Returns:
-        The loader, whose `loader` is the `EpochLoader` that epochs are set on.
+    It is put together from timm's parts, since `create_loader` takes no order of batches.
 
     Raises:
         ValueError: If the arguments do not fit the data set or each other.
     """
-    loader_kwargs = dict(collate_fn=_create_collate(args, num_classes), num_workers=args.workers, pin_memory=args.pin_mem)
+    collate_fn = _create_collate(args, num_classes)
+    loader_kwargs = dict(collate_fn=collate_fn, num_workers=args.workers, pin_memory=args.pin_mem)
     if isinstance(dataset, Images):
         images = dataset
         if args.train_img_sizes:

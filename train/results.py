@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-import timm_dresnet
 import torch
 import torch.nn as nn
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from timm.models import save_for_hf
+
+import timm_dresnet
 from timm_dresnet.files import beside
 
 
@@ -77,9 +78,7 @@ class Log:
     def __init__(self, args: argparse.Namespace, folder: Path, first_epoch: int) -> None:
         """
         Args:
-            args: The run's arguments.
-            folder: Folder of the run.
-            first_epoch: Number of epochs that it has recorded.
+            first_epoch: Number of epochs that the folder has recorded.
 
         Raises:
             ValueError: If a package that is asked for is missing.
@@ -115,15 +114,7 @@ class Log:
             lr: float,
             model: nn.Module,
     ) -> None:
-        """Record an epoch.
-
-        Args:
-            epoch: Its number, from 0.
-            train_metrics: From training.
-            eval_metrics: From validation, empty if there was none.
-            lr: Learning rate at its end.
-            model: The model, or its moving average.
-        """
+        """Record an epoch, by its number from 0; without validation, `eval_metrics` is empty."""
         row = {
             **{f'train_{key}': value for key, value in train_metrics.items()},
             **{f'eval_{key}': value for key, value in eval_metrics.items()},

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from timm.data import resolve_input_data_config
 from timm.data.loader import PrefetchLoader
 from timm.models import safe_model_name
-from timm.utils import distribute_bn, random_seed, unwrap_model
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import NativeScaler, distribute_bn, random_seed, unwrap_model
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from .build import (
-    Process, create_loss_scaler, create_model, create_optimizer, create_schedule, create_task, set_up_process)
+from .build import Process, create_model, create_optimizer, create_task, set_up_process
 from .checkpoints import Checkpoints, find_folder, is_finished, lock_folder, newest, open_folder, restore
 from .datasets import BadImageError, check_classes, class_names, count_bad_images, open_dataset
 from .engine import Stopped, TrainState, count_updates, train_one_epoch, validate
@@ -132,9 +132,11 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     task = create_task(args, model, process)
     task.progress['images'] = args.batch_size * process.world_size
     optimizer = create_optimizer(args, model, process.world_size)
-    lr_scheduler, num_epochs = create_schedule(args, optimizer, count_updates(len(train_loader), args))
-    state = TrainState(
-        args, process, task, train_loader, optimizer, lr_scheduler, create_loss_scaler(args, process.device))
+    lr_scheduler, num_epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(args), updates_per_epoch=count_updates(len(train_loader), args))
+    scaled = args.amp and args.amp_dtype == 'float16' and process.device.type == 'cuda'
+    loss_scaler = NativeScaler(device=process.device.type) if scaled else None
+    state = TrainState(args, process, task, train_loader, optimizer, lr_scheduler, loss_scaler)
     return Run(
         state, num_epochs, train_set, eval_set, create_eval_loader(args, eval_set, data_config, process), data_config)
 

@@ -10,6 +10,7 @@ from timm.data import resolve_input_data_config
 from timm.models import is_model_pretrained, load_checkpoint
 from timm.utils import setup_default_logging
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
 from timm_dresnet.untrusted import load_folder
 
 from .arguments import KeyValues, add_data_arguments, add_device_arguments, create_parser, positive
@@ -98,7 +99,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('models', nargs='+', metavar='MODEL',
                         help="folder of a run, checkpoint, hf-hub:owner/name, or one of timm's pretrained models")
-    parser.add_argument('--img-size', type=positive, nargs='+', metavar='N', help="image sizes (the model's if not set)")
+    parser.add_argument('--img-size', type=positive, nargs='+', metavar='N',
+                        help="image sizes (the model's if not set)")
     parser.add_argument('--crop-pct', type=float, metavar='X', help="center crop (the model's if not set)")
     parser.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='images in a batch')
     parser.add_argument('--csv', type=Path, metavar='FILE', help='write what is measured to a file as well')
