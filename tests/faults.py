@@ -1,9 +1,8 @@
 """`python tests/faults.py FAULT MOMENT ARGUMENTS` is `python -m train ARGUMENTS`, in which one thing goes wrong once.
 
-MOMENT is the batch `EPOCH,BATCH` (from 0), or `EPOCH,save`: half of that epoch's checkpoint has been written.
+MOMENT is the batch `EPOCH,BATCH` (from 0), or `EPOCH,save` when half of that epoch's checkpoint has been written.
 """
 import io
-import multiprocessing
 import os
 import resource
 import signal
@@ -16,10 +15,10 @@ from timm.utils import setup_default_logging
 
 from train.__main__ import main
 from train.arguments import parse_args
-from train.data import SeededImages
-from train.engine import Task
+from train.build import Task
+from train.loading import SeededImages
 
-HERE = {'sigterm', 'sigkill', 'full disk', 'nan'}  # those of the main process; the others are of one that loads
+HERE = {'sigterm', 'sigkill', 'full disk', 'nan'}  # in the main process; the others are in a worker process
 fault, moment, *arguments = sys.argv[1:]
 moment = tuple(int(part) if part.isdigit() else part for part in moment.split(','))
 
@@ -45,9 +44,9 @@ def forward(self, images, targets):
 
 
 def load(self, batch):
-    if fault not in HERE and moment == batch.key[2:]:
+    if fault not in HERE and moment == batch[0][2:]:
         if fault == 'vanished file':
-            vanish(batch.indices[0])
+            vanish(batch[1][0])
         elif fault == 'killed worker':
             os.kill(os.getpid(), signal.SIGKILL)
         else:
@@ -62,14 +61,7 @@ def save(state, path):
         original_save(state, buffer)
         half = buffer.getvalue()[:buffer.tell() // 2]
         Path(path).write_bytes(half)
-        if fault in HERE:
-            fail_here(len(half))
-        elif fault == 'vanished file':
-            vanish(0)
-        else:
-            number = {'killed worker': signal.SIGKILL, 'hanging worker': signal.SIGSTOP}[fault]
-            os.kill(multiprocessing.active_children()[0].pid, number)
-            time.sleep(1)
+        fail_here(len(half))
     original_save(state, path)
 
 

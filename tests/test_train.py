@@ -1,10 +1,7 @@
 """`python -m train` on scikit-learn's digits."""
 import csv
 import logging
-import os
 import re
-import resource
-import signal
 from unittest.mock import Mock
 
 import pytest
@@ -15,17 +12,14 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_dresnet
+from conftest import ROOT
 from timm_dresnet.folders import load_folder, replace
 from timm_dresnet.resnet import CIFAR10_MEAN
-from train import benchmark_loading, validate
 from train.__main__ import main
 from train.arguments import parse_args
-from train.checkpoints import newest, open_folder
-from train.data import Digits
-from train.results import Log, plot_curves, save_results
-from train.tables import write_epoch
-
-from conftest import ROOT
+from train.checkpoints import Checkpoints, newest, open_folder
+from train.datasets import Digits
+from train.results import save_results
 
 RECIPE = ROOT / 'train' / 'recipes' / 'digits.yaml'
 
@@ -52,20 +46,15 @@ def test_digits(digits_folder):
     assert measured >= 0.97
     rows = list(csv.DictReader((folder / 'summary.csv').open()))
     assert len(rows) == 20 and float(rows[-1]['eval_top1']) == pytest.approx(100 * measured)
-    again = vars(parse_args(['--config', str(folder / 'args.yaml')]))
-    asked = vars(parse_args(['--config', str(RECIPE), '--output', str(folder.parent)]))
-    assert {k: v for k, v in again.items() if k != 'config'} == {k: v for k, v in asked.items() if k != 'config'}
-
-
-def test_written_connections_are_the_models(digits_folder):
-    folder = digits_folder
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     rows = list(csv.DictReader((folder / 'connections.csv').open()))
     records = timm_dresnet.connections(model)
     assert len(records) == 28 and [int(row['epoch']) for row in rows] == [e for e in range(20) for _ in records]
     for row, record in zip(rows[-28:], records):
         assert (row['target_name'], row['source_name']) == (record['target_name'], record['source_name'])
         assert float(row['gate']) == pytest.approx(record['gate'])
+    again = vars(parse_args(['--config', str(folder / 'args.yaml')]))
+    asked = vars(parse_args(['--config', str(RECIPE), '--output', str(folder.parent)]))
+    assert {k: v for k, v in again.items() if k != 'config'} == {k: v for k, v in asked.items() if k != 'config'}
 
 
 def train(output, *args):
@@ -78,7 +67,7 @@ def train(output, *args):
     ['--model', 'test_adaresnet', '--model-ema', '--model-ema-decay', 0.5, '--mixup', 0.2, '--bce-loss',
      '--bce-target-thresh', 0.2, '--amp', '--amp-dtype', 'bfloat16', '--opt', 'lamb', '--lr', 0.005, '--clip-grad', 1,
      '--aug-repeats', 3, '--mixup-off-epoch', 1],
-    ['--model', 'resnet20_cifar', '--grad-checkpointing', '--layer-decay', 0.8, '--reprob', 0.2, '--aa', 'rand-m3',
+    ['--model', 'test_resnet', '--grad-checkpointing', '--layer-decay', 0.8, '--reprob', 0.2, '--aa', 'rand-m3',
      '--torchcompile', 'aot_eager', '--clip-grad', 0.01, '--clip-mode', 'agc', '--model-ema', '--in-memory'],
     ['--model', 'test_dresnet', '--model-kwargs', 'gate=gauss', '--in-chans', 3, '--mean', 0.5, 0.5, 0.5, '--std', 0.5,
      0.5, 0.5, '--drop-path', 0.1, '--sched', 'multistep', '--decay-milestones', 1, '--aa', '3a', '--opt', 'muon',
@@ -86,7 +75,7 @@ def train(output, *args):
     ['--model', 'test_dresnet', '--aa', 'original', '--opt', 'adamw', '--lr', 0.01, '--sched', 'wsd',
      '--decay-epochs', 1, '--cutmix-minmax', 0.2, 0.8, '--eval-metric', 'loss', '--checkpoint-hist', 2, '--gp',
      'avgmax'],
-    ['--model', 'resnet20_cifar', '--opt', 'adahessian', '--lr', 0.05, '--sched', 'wsd'],
+    ['--model', 'test_resnet', '--opt', 'adahessian', '--lr', 0.05, '--sched', 'wsd'],
 ], ids=lambda args: args[1])
 def test_other_arguments(args, tmp_path):
     folder = train(tmp_path, *args)
@@ -99,13 +88,13 @@ def test_other_arguments(args, tmp_path):
     images = [(image.convert(mode), target) for image, target in images]
     assert accuracy(model, images) == pytest.approx(written, abs=tolerance)
     assert bool(rows[0]['eval_top1']) == ('--val-interval' not in args)
-    assert (folder / 'connections.png').exists() == (args[1] != 'resnet20_cifar')
+    assert (folder / 'connections.png').exists() == (args[1] != 'test_resnet')
     assert bool(list(folder.glob('events.out.tfevents*'))) == ('--log-tensorboard' in args)
 
 
 def test_gray_images_with_the_mean_of_colours(tmp_path):
-    main(['--dataset', 'digits', '--model', 'test_dresnet', '--in-chans', '1', '--num-classes', '10', '--img-size', '16',
-          '--epochs', '2', '--lr', '0.1', '--workers', '0', '--output', str(tmp_path), '--experiment', 'digits'])
+    main(['--dataset', 'digits', '--model', 'test_dresnet', '--in-chans', '1', '--num-classes', '10', '--img-size',
+          '16', '--epochs', '2', '--lr', '0.1', '--workers', '0', '--output', str(tmp_path), '--experiment', 'digits'])
     model = timm.create_model(f'local-dir:{tmp_path / "digits"}', pretrained=True)
     assert model.pretrained_cfg['mean'] == pytest.approx([sum(CIFAR10_MEAN) / 3])
     rows = list(csv.DictReader((tmp_path / 'digits' / 'summary.csv').open()))
@@ -160,7 +149,7 @@ def test_classes_must_be_the_same(tmp_path):
 
 def test_more_outputs_than_classes(tmp_path):
     with pytest.raises(SystemExit, match='the data set has 10 classes, the model 200: say --num-classes 10, or 200'):
-        main(['--dataset', 'digits', '--model', 'dresnet18', '--in-chans', '1', '--workers', '0', '--output', str(tmp_path)])
+        main(['--dataset', 'digits', '--model', 'dresnet18', '--in-chans', '1', '--output', str(tmp_path)])
     folder = train(tmp_path, '--model', 'test_dresnet', '--num-classes', 12, '--epochs', 1)
     model = load_folder(folder)
     assert model.num_classes == 12 and model.pretrained_cfg.get('label_names') is None
@@ -172,14 +161,6 @@ def test_linear_probe(digits_folder, tmp_path):
     before = timm.create_model(f'local-dir:{digits_folder}', pretrained=True).state_dict()
     after = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
     assert {key for key in before if not torch.equal(before[key], after[key])} == {'fc.weight', 'fc.bias'}
-
-
-def test_dropout_before_the_classifier_of_a_linear_probe(tmp_path):
-    args = '--model', 'test_dresnet', '--linear-probe', '--epochs', 1, '--drop'
-    for drop in (0, 0.5):
-        train(tmp_path, *args, drop)
-    without, dropped = (load_file(tmp_path / name / 'model.safetensors') for name in ('digits', 'digits-1'))
-    assert {key for key in without if not torch.equal(without[key], dropped[key])} == {'fc.weight', 'fc.bias'}
 
 
 @pytest.mark.parametrize('option', ['--pretrained-path', '--initial-checkpoint'])
@@ -207,16 +188,6 @@ def test_names_of_other_weights_are_not_kept(digits_folder, tmp_path):
     assert model.pretrained_cfg['tag'] == 'c10'
 
 
-def test_errors_of_every_process_are_told(monkeypatch):
-    def fail(args):
-        args.rank = 3
-        raise ValueError('there is no folder x.')
-
-    monkeypatch.setattr('train.__main__.Trainer', fail)
-    with pytest.raises(SystemExit, match='error: process 3: there is no folder x.'):
-        main([])
-
-
 def test_two_runs_of_a_name_begun_at_once(tmp_path, monkeypatch):
     def too_late(new, path):
         monkeypatch.undo()
@@ -229,61 +200,25 @@ def test_two_runs_of_a_name_begun_at_once(tmp_path, monkeypatch):
     assert yaml.safe_load((tmp_path / 'run/args.yaml').read_text()) == dict(seed=1)
 
 
-def test_curves_before_the_first_validation(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr('train.results.Figure.savefig', lambda figure, *args, **kwargs: figures.append(figure))
-    write_epoch(tmp_path / 'summary.csv', 0, [dict(train_loss=2., train_top1=30., lr=0.1)])
-    plot_curves(tmp_path / 'summary.csv', tmp_path / 'curves.png')
-    drawn = [[line.get_xydata().tolist() for line in axes.get_lines()] for axes in figures[0].axes]
-    assert drawn == [[[[1., 2.]]], [[[1., 30.]]]]
-
-
-def test_full_disk(tmp_path, monkeypatch):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    write_down = Log.epoch
-
-    def then_fill_the_disk(self, epoch, *args):
-        write_down(self, epoch, *args)
-        if epoch == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
-
-    monkeypatch.setattr(Log, 'epoch', then_fill_the_disk)
-    args = tmp_path, '--model', 'test_dresnet'
-    try:
-        with pytest.raises(SystemExit) as error:
-            train(*args)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    message = error.value.code
-    assert 'epoch 1 could not be written' in message and 'MiB free' in message and '\n' not in message
-    last = tmp_path / 'digits' / 'last.pth.tar'
-    assert str(tmp_path / 'digits') in message and newest(tmp_path / 'digits').samefile(last)
-    assert torch.load(last, weights_only=False)['epoch'] == 0
-    assert not list((tmp_path / 'digits').glob('*tmp*'))
-    monkeypatch.undo()
-    folder = train(*args)
-    assert len(list(csv.DictReader((folder / 'summary.csv').open()))) == 2
-
-
-@pytest.mark.parametrize('error,reason,remedy', [
-    (EOFError(), 'DataLoader worker was killed', 'the same command goes on, with fewer --workers'),  # in the hand-over
-    (ConnectionRefusedError(111, 'Connection refused'), 'DataLoader worker was killed', 'the same command goes on, with'),
+@pytest.mark.parametrize('error,sentence', [
+    (EOFError(), 'DataLoader worker was killed. If memory ran out, use fewer --workers.'),  # in the hand-over
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '),
-     'DataLoader worker (pid 7) is killed by signal: Killed', 'the same command goes on, with fewer --workers'),
-    (MemoryError(), 'memory ran out', 'the same command goes on, with fewer --workers'),
-    (PermissionError(13, 'Permission denied', 'x/summary.csv'), 'Permission denied: x/summary.csv',
-     'mend this, and the same command goes on'),
-    (ConnectionError('the Hub is silent'), 'the Hub is silent', 'mend this, and the same command goes on'),
+     'DataLoader worker (pid 7) is killed by signal: Killed. If memory ran out, use fewer --workers.'),
+    (MemoryError(), 'memory ran out, use fewer --workers.'),
+    (PermissionError(13, 'Permission denied', 'x/summary.csv'), 'Permission denied: x/summary.csv.'),
+    (ConnectionError('the Hub is silent'), 'the Hub is silent.'),
 ], ids=repr)
-def test_errors_in_an_epoch(tmp_path, monkeypatch, error, reason, remedy):
-    monkeypatch.setattr('train.trainer.train_one_epoch', Mock(side_effect=error))
-    with pytest.raises(SystemExit, match=re.escape(f'error: {reason}. There is no checkpoint yet; {remedy}')):
+def test_errors_in_an_epoch(tmp_path, monkeypatch, error, sentence):
+    monkeypatch.setattr('train.run.train_one_epoch', Mock(side_effect=error))
+    monkeypatch.setenv('RANK', '3')
+    message = f'error: process 3: {sentence} There is no checkpoint yet; the same command resumes'
+    with pytest.raises(SystemExit, match=re.escape(message)):
         train(tmp_path, '--model', 'test_dresnet')
 
 
-@pytest.mark.parametrize('error', [EOFError('Caught EOFError in DataLoader worker process 0.'), RuntimeError('a defect')])
+@pytest.mark.parametrize('error', [EOFError('Caught EOFError in DataLoader worker process'), RuntimeError('a defect')])
 def test_errors_of_the_code_keep_their_traceback(tmp_path, monkeypatch, error):
-    monkeypatch.setattr('train.trainer.train_one_epoch', Mock(side_effect=error))
+    monkeypatch.setattr('train.run.train_one_epoch', Mock(side_effect=error))
     with pytest.raises(type(error), match=str(error)):
         train(tmp_path, '--model', 'test_dresnet')
 
@@ -302,6 +237,26 @@ def test_the_newest_whole_checkpoint(digits_folder, tmp_path):
     assert newest(tmp_path) is None
 
 
+def test_checkpoint_of_another_run(digits_folder, tmp_path):
+    folder = train(tmp_path, '--model', 'test_dresnet', '--epochs', 1)
+    (folder / 'model.safetensors').unlink()
+    (folder / 'last.pth.tar').write_bytes((digits_folder / 'last.pth.tar').read_bytes())
+    with pytest.raises(SystemExit, match='last.pth.tar does not fit this run') as error:
+        train(tmp_path, '--model', 'test_dresnet', '--epochs', 1)
+    assert len(error.value.code) < 1000 and '\n' not in error.value.code
+
+
+def test_checkpoints_name_no_files_outside(tmp_path):
+    """Those that a checkpoint lists are deleted when better ones come."""
+    (tmp_path / 'run').mkdir()
+    names = 'checkpoint-0.pth.tar', '../checkpoint-0.pth.tar', 'args.yaml'
+    for name in names:
+        (tmp_path / 'run' / name).write_text('mine')
+    saver = Checkpoints(None, None, checkpoint_dir=str(tmp_path / 'run'))
+    saver.load_state_dict(dict(checkpoint_files=[(name, 0.5) for name in names]))
+    assert saver.checkpoint_files == [(str(tmp_path / 'run' / names[0]), 0.5)]
+
+
 def test_loss_that_is_not_finite(tmp_path):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(RECIPE.read_text().replace('sched_on_updates: true', ''))
@@ -314,34 +269,21 @@ def test_loss_that_is_not_finite(tmp_path):
     assert all(value.isfinite().all() for value in state.values())
 
 
-def test_loading_process_that_is_killed_while_results_are_measured(digits_folder, monkeypatch):
-    monkeypatch.setattr(Digits, '__getitem__', lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(SystemExit, match='error: DataLoader worker .* the same command goes on'):
-        main(['--config', str(RECIPE), '--output', str(digits_folder.parent)])
-
-
 @pytest.mark.parametrize('args,words', [
     (['--model', 'dresnet20_cifra'], ["'dresnet20_cifra'", 'dresnet20_cifar']),
-    (['--model-kwargs', 'gate=sigmod'], ['gate', 'sigmoid', 'sigmod']),
     (['--model-kwargs', 'gat=gauss'], ['dresnet20_cifar', 'gat']),
+    (['--model-kwargs', 'gauss'], ['--model-kwargs', 'KEY=VALUE']),
     (['--pretrained', '--model', 'dresnet56_cifar'], ['--pretrained', 'dresnet56_cifar']),
     (['--config', '/no/such/recipe.yaml'], ['/no/such/recipe.yaml', 'No such file']),
     (['--dataset', ''], ['--config', '--data-dir', '--dataset']),
-    (['--val-split', 'test'], ['train', 'validation', "'test'"]),
-    (['--dataset', '', '--data-dir', '/no/such/folder'], ['/no/such/folder']),
     (['--batch-size', '2000'], ['--batch-size', '2000']),
-    (['--lr', '1e30'], ['loss', '--lr']),
-    (['--epochs', 'many'], ['--epochs', 'many']),
     (['--epochs', '0'], ['--epochs', "'0'"]),
     (['--gp', 'sum'], ['dresnet20_cifar', 'sum']),
     (['--aa', 'rnad-m7'], ['--aa rnad-m7', 'Unknown']),
-    (['--train-interpolation', 'cubic'], ['--train-interpolation', 'bicubic']),
     (['--opt-kwargs', 'speed=1'], ['sgd', '--opt-kwargs', 'speed']),
     (['--device', 'abacus'], ['--device abacus']),
-    (['--num-classes', '9'], ['10 classes', '9', '--num-classes']),
     (['--initial-checkpoint', '/no/such/file'], ['/no/such/file']),
     (['--pretrained-path', __file__], ['test_train.py', 'weights_only']),
-    (['--sched', 'plateau'], ['--sched', 'plateau', 'cosine']),
     (['--model-kwargs', 'inference_mode=True'], ['dresnet20_cifar', 'fused']),
     (['--num-classes', '0', '--head-init-bias', '0'], ['--head-init-bias']),
 ])
@@ -357,16 +299,22 @@ def test_errors_are_one_sentence(args, words, tmp_path, capsys):
 @pytest.mark.parametrize('text,words', [
     ('modle: resnet18', ["'modle'", 'model']),
     ('- a\n- b', ['key: value', 'list']),
-    ('a: [', ['YAML']),
-    ('epochs: 0', ['epochs', 'from 1 on', '0']),
+    ('a: [', ['not a YAML recipe']),
+    ('!!python/object/apply:os.mkdir [trap]', ['not a YAML recipe']),
+    ('epochs: 0', ['--epochs', "'0'"]),
+    ('epochs: [1, 2]', ['2']),
+    ('momentum: yes', ['--momentum', 'True']),
+    ('scale: [0.1, 0.2, 0.3]', ['0.3']),
+    ('amp: 1', ['--amp']),
+    ('sched: sinus', ['--sched', 'sinus', 'cosine']),
 ])
 def test_wrong_recipes(text, words, tmp_path, capsys):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(text)
     with pytest.raises(SystemExit):
         parse_args(['--config', str(recipe)])
-    message = capsys.readouterr().err
-    assert all(word in message for word in [*words, str(recipe)])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert all(word in message for word in ['python -m train: error: ', *words, str(recipe)])
 
 
 def test_command_line_overrides_recipe():
@@ -378,15 +326,15 @@ def test_command_line_overrides_recipe():
 def test_numbers_of_recipes(tmp_path):
     """YAML reads 8e-2 as text."""
     recipe = tmp_path / 'recipe.yaml'
-    recipe.write_text('scale: [8e-2, 1]\nepochs: 10.0\nlr: 1e-3\n')
+    recipe.write_text('scale: [8e-2, 1]\nepochs: 10\nlr: 1e-3\ncolor_jitter: null\n')
     args = parse_args(['--config', str(recipe)])
-    assert (args.scale, args.epochs, args.lr) == ([0.08, 1.], 10, 0.001)
-    assert type(args.epochs) is int
+    assert (args.scale, args.epochs, args.lr, args.color_jitter) == ([0.08, 1.], 10, 0.001, None)
 
 
 def test_nested_arguments_of_recipes(tmp_path):
     """A run that was started with them on the command line can be run again."""
-    given = parse_args(['--model-kwargs', 'pruned_connections=[(3, 1)]', "block_args={'attn_layer': 'se'}"]).model_kwargs
+    given = parse_args(
+        ['--model-kwargs', 'pruned_connections=[(3, 1)]', "block_args={'attn_layer': 'se'}"]).model_kwargs
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(yaml.safe_dump(dict(model_kwargs=given)))
     again = parse_args(['--config', str(recipe)]).model_kwargs
@@ -395,34 +343,12 @@ def test_nested_arguments_of_recipes(tmp_path):
     assert models[0].state_dict().keys() == models[1].state_dict().keys()
 
 
-def test_measured_as_trained(tmp_path, capsys):
-    folder = train(tmp_path, '--model', 'test_dresnet', '--gp', 'max', '--input-size', 1, 16, 16, '--epochs', 1)
-    validate.main([str(folder / 'last.pth.tar'), str(folder), '--dataset', 'digits', '--workers', '0'])
-    by_checkpoint, by_folder = capsys.readouterr().out.splitlines()[-2:]
-    assert by_checkpoint.split('|')[2:] == by_folder.split('|')[2:]
-
-
 def test_digits_split():
     train, held_out = Digits('train'), Digits('validation')
     assert (len(train), len(held_out)) == (1437, 360)
     assert sorted(set(train.targets)) == sorted(set(held_out.targets)) == list(range(10))
     image, target = train[0]
     assert image.size == (8, 8) and image.mode == 'L' and 0 <= target <= 9
-    again = Digits('train')
-    assert (train.images == again.images).all() and (train.targets == again.targets).all()
-    from sklearn.datasets import load_digits
-    images = load_digits().images
-    both = sorted(image.tobytes() for split in (train, held_out) for image in split.images)
-    assert both == sorted((image * 255 / 16).round().astype('uint8').tobytes() for image in images)
-
-
-def test_benchmark_loading(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark_loading, '_BATCHES', 2)
-    benchmark_loading.main(['--config', str(RECIPE), '--model', 'test_dresnet', '--workers', '0'])
-    output = capsys.readouterr().out
-    numbers = re.search(r'(\d+) images/s as loaded, (\d+) with one batch repeated, ratio ([\d.]+)', output)
-    loaded, repeated, ratio = map(float, numbers.groups())
-    assert loaded / repeated == pytest.approx(ratio, abs=0.02)
 
 
 @pytest.mark.parametrize('recipe', sorted((ROOT / 'train' / 'recipes').glob('*.yaml')), ids=lambda path: path.stem)

@@ -3,13 +3,13 @@ import argparse
 import difflib
 import os
 import reprlib
+import sys
 from pathlib import Path
 from typing import Any, List, Optional
 
 import yaml
 from timm.utils import ParseKwargs
 
-_MAX_RECIPE = 2 ** 20  # bytes
 _CPUS = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 _INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 
@@ -21,11 +21,21 @@ class _Switch(argparse.BooleanOptionalAction):
         super().__init__(*args, **{'default': False, **kwargs})
 
 
+class KeyValues(ParseKwargs):
+    """`--model-kwargs gate=gauss skip_init=1.`"""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__call__(*args, **kwargs)
+        except ValueError:
+            raise argparse.ArgumentError(self, 'must be KEY=VALUE pairs, such as gate=gauss') from None
+
+
 def positive(text: str) -> int:
     """A whole number from 1 on."""
     number = int(text)
     if number < 1:
-        raise ValueError(f'{number} is less than 1')
+        raise argparse.ArgumentTypeError(f'{text!r} is less than 1')
     return number
 
 
@@ -102,7 +112,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--bn-momentum', type=float, metavar='X', help='momentum of batch norm')
     group.add_argument('--head-init-scale', type=float, metavar='X', help='scale the initial weights of the classifier')
     group.add_argument('--head-init-bias', type=float, metavar='X', help='initial bias of the classifier')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
                        help='other arguments of the model, such as gate=gauss')
 
     group = parser.add_argument_group('optimizer')
@@ -120,7 +130,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--layer-decay-no-opt-scale', type=float, metavar='X', help='freeze layers of a lower scale')
     group.add_argument('--clip-grad', type=float, metavar='X', help='clip gradients at this value')
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='how to clip')
-    group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
                        help='other arguments of the optimizer')
 
     group = parser.add_argument_group('learning rate')
@@ -141,8 +151,8 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N',
                        help='epochs at which a multistep schedule decays')
     group.add_argument('--decay-epochs', type=float, metavar='N',
-                       help='interval of a step schedule (90 if not set), or epochs in which wsd and rsqrt decay at the '
-                            'end (a fifth if not set)')
+                       help='interval of a step schedule (90 if not set), or epochs in which wsd and rsqrt decay at '
+                            'the end (a fifth if not set)')
     group.add_argument('--decay-rate', type=float, default=0.1, metavar='X', help='factor of step and multistep')
     group.add_argument('--lr-cycle-mul', type=float, default=1., metavar='X', help='growth of cycles')
     group.add_argument('--lr-cycle-decay', type=float, default=0.5, metavar='X', help='decay from cycle to cycle')
@@ -229,84 +239,50 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--log-tensorboard', action=_Switch, help='log to TensorBoard, into the folder of the run')
     group.add_argument('--log-wandb', action=_Switch, help='log to Weights & Biases')
     group.add_argument('--wandb-project', metavar='NAME', help='its project')
-    group.add_argument('--wandb-tags', nargs='+', default=[], metavar='NAME', help='its tags')
+    group.add_argument('--wandb-tags', nargs='*', default=[], metavar='NAME', help='its tags')
     return parser
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether it is made of texts and numbers, and not too many: the aliases of YAML make bombs."""
-    items = [value]
-    for item in items:
-        if len(items) > 1000:
-            return False
-        if isinstance(item, dict):
-            items += [*item, *item.values()]
-        elif isinstance(item, list):
-            items += item
-        elif not (item is None or isinstance(item, (bool, int, float, str))):
-            return False
-    return True
-
-
-def _wanted(action: argparse.Action, value: Any) -> Optional[str]:
-    """What a recipe should hold for an argument, if that is not what it holds."""
-    if value is None:
-        return None
-    if isinstance(action, (_Switch, argparse._StoreTrueAction)):
-        return None if isinstance(value, bool) else 'true or false'
-    if isinstance(action, ParseKwargs):
-        good = isinstance(value, dict) and all(isinstance(key, str) for key in value) and _is_plain(value)
-        return None if good else 'arguments, one "key: value" a line'
-    wanted = f'one of {", ".join(action.choices)}' if action.choices else {
-        int: 'a whole number', positive: 'a whole number from 1 on', float: 'a number', None: 'text'}[action.type]
-    if action.nargs in (None, '?'):
-        return None if _fits(action, value) else wanted
-    number = action.nargs if isinstance(action.nargs, int) else None
-    if isinstance(value, list) and number in (None, len(value)) and all(_fits(action, v) for v in value):
-        return None
-    return f'a list{f" of {number}" if number else ""}, each {wanted}'
-
-
-def _fits(action: argparse.Action, value: Any) -> bool:
-    if action.choices:
-        return value in action.choices
-    if action.type is None:
-        return isinstance(value, str)
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return False
+def _read_recipe(path: Path, parser: argparse.ArgumentParser) -> List[str]:
+    """The command line that a YAML recipe stands for. What is not set (null) becomes the default of the parser."""
     try:
-        return action.type(value) == float(value)  # YAML reads 1e-5 as text
-    except (ValueError, OverflowError):
-        return False
+        recipe = yaml.safe_load(path.read_text()) or {}
+    except OSError as e:
+        parser.error(f'{path} cannot be read: {e.strerror}.')
+    except (ValueError, RecursionError, yaml.YAMLError) as e:
+        parser.error(f'{path} is not a YAML recipe: {" ".join(str(e).split())}')
+    if not isinstance(recipe, dict):
+        parser.error(f'{path} must hold one "key: value" a line, not a {type(recipe).__name__}.')
+    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
+    argv = []
+    for key, value in recipe.items():
+        if key not in actions:
+            near = difflib.get_close_matches(str(key), actions)
+            parser.error(f'{path}: unknown key {reprlib.repr(key)}'
+                         + (f', did you mean {" or ".join(near)}?' if near else '; see --help for all.'))
+        option = f'--{key.replace("_", "-")}'
+        if value is None:
+            parser.set_defaults(**{key: None})
+        elif isinstance(value, bool) and actions[key].nargs == 0:
+            argv += [option] if value else [f'--no-{option[2:]}'] if isinstance(actions[key], _Switch) else []
+        elif isinstance(value, dict):
+            argv += [option, *(f'{name}={argument!r}' for name, argument in value.items())]
+        elif isinstance(value, list):
+            argv += [option, *map(str, value)]
+        else:
+            argv.append(f'{option}={value}')
+    return argv
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     """Parse the command line over the recipe that it names. What is wrong ends the program with one sentence."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = create_parser()
-    config, _ = parser.parse_known_args(argv)
-    if config.config:
-        path = Path(config.config)
-        try:
-            if path.stat().st_size > _MAX_RECIPE:
-                parser.error(f'{path} is not a recipe: it has more than {_MAX_RECIPE:,} bytes.')
-            recipe = yaml.safe_load(path.read_text()) or {}
-        except OSError as e:
-            parser.error(f'{path} cannot be read: {e.strerror}.')
-        except (ValueError, RecursionError, yaml.YAMLError) as e:
-            parser.error(f'{path} is not a YAML recipe: {" ".join(str(e).split())}')
-        if not isinstance(recipe, dict):
-            parser.error(f'{path} must hold one "key: value" a line, not a {type(recipe).__name__}.')
-        actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
-        for key, value in recipe.items():
-            if key not in actions:
-                near = difflib.get_close_matches(str(key), actions)
-                parser.error(f'{path}: unknown key {reprlib.repr(key)}'
-                             + (f', did you mean {" or ".join(near)}?' if near else '; see --help for all.'))
-            wanted = _wanted(actions[key], value)
-            if wanted:
-                parser.error(f'{path}: {key} must be {wanted}, not {reprlib.repr(value)}.')
-            if value is not None and actions[key].type:  # argparse converts no lists
-                convert = actions[key].type
-                recipe[key] = [convert(v) for v in value] if isinstance(value, list) else convert(value)
-        parser.set_defaults(**recipe)
-    return parser.parse_args(argv)
+    config = parser.parse_known_args(argv)[0].config
+    recipe = []
+    if config:
+        recipe = _read_recipe(Path(config), parser)
+        in_recipe = create_parser()
+        in_recipe.error = lambda message: parser.error(f'{config}: {message}')
+        in_recipe.parse_args(recipe)
+    return parser.parse_args([*recipe, *argv])

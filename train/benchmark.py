@@ -18,12 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+import numpy as np
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.models.resnet import ResNet
-from timm.utils import ParseKwargs, reparameterize_model
+from timm.utils import reparameterize_model
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -31,15 +32,15 @@ from tqdm import tqdm
 from timm_dresnet.folders import atomic_folder
 from timm_dresnet.folding import fold_norms
 
-from .arguments import parse_args, positive
-from .trainer import create_model
+from .arguments import KeyValues, create_parser, positive
+from .build import create_model, set_up_process
 
 _PAIRS = [('dresnet18', 'resnet18'), ('adaresnet50', 'resnet50'), ('dresnet50', 'resnet50')]
 _ALL = [('adaresnet50', 'resnet50'), *((f'dresnet{depth}', f'resnet{depth}') for depth in (18, 34, 50, 101))]
 _ALL_CIFAR = [(f'dresnet{depth}_cifar', f'resnet{depth}_cifar') for depth in (20, 56)]
 _SAMPLE_SECONDS = 0.2  # calls that take less are repeated for so long in every round
 _COLUMNS = {  # what is measured: its heading, and how a value and the batch size are written for a baseline
-    'parameters': ('parameters', lambda value, batch: f'{value:,}'),
+    'parameters': ('parameters', lambda value, batch: f'{value:,.0f}'),
     'multiply_adds': ('multiply-adds', lambda value, batch: f'{value / 1e6:,.1f} M'),
     'image_seconds': ('one image', lambda value, batch: f'{1e3 * value:.1f} ms'),
     'batch_seconds': ('batch', lambda value, batch: f'{batch / value:.1f} images/s'),
@@ -133,14 +134,7 @@ def time_in_turns(
         wait: Callable[[], None],
         title: str,
 ) -> Dict[Any, List[float]]:
-    """Seconds of a call of each task, in each round.
-
-    Args:
-        tasks: What to time. Those that are to be compared stand next to each other.
-        rounds: How often the turn comes to each.
-        wait: Returns when the device has done all that it was given.
-        title: What the progress bar says.
-    """
+    """Seconds of a call of each task, in each round; `wait` returns when the device has finished all work."""
     def seconds(task: Callable[[], None], calls: int) -> float:
         wait()
         start = time.perf_counter()
@@ -149,17 +143,14 @@ def time_in_turns(
         wait()
         return (time.perf_counter() - start) / calls
 
-    with tqdm(total=len(tasks) * (rounds + 1), desc=title, unit='timing', mininterval=1) as bar:
-        calls = {}
-        for key, task in tasks.items():
-            seconds(task, 2)  # compiles, captures, allocates
-            calls[key] = max(1, round(_SAMPLE_SECONDS / seconds(task, 1)))
-            bar.update()
-        times: Dict[Any, List[float]] = {key: [] for key in tasks}
-        for i in range(rounds):
-            for key in list(tasks)[::-1 if i % 2 else 1]:
-                times[key].append(seconds(tasks[key], calls[key]))
-                bar.update()
+    calls = {}
+    times: Dict[Any, List[float]] = {key: [] for key in tasks}
+    for key, task in tqdm(tasks.items(), f'{title}, warm-up'):
+        seconds(task, 2)  # compiles, captures, allocates
+        calls[key] = max(1, round(_SAMPLE_SECONDS / seconds(task, 1)))
+    for i in tqdm(range(rounds), title):
+        for key in list(tasks)[::-1 if i % 2 else 1]:
+            times[key].append(seconds(tasks[key], calls[key]))
     return times
 
 
@@ -171,46 +162,36 @@ def create_pair(pair: Pair, model_kwargs: Dict[str, Any]) -> Dict[str, nn.Module
     """
     torch.manual_seed(0)
     models = {}
+    cfg = timm.get_pretrained_cfg(pair.baseline)  # None if there is no such model
     for role, name, kwargs in (('model', pair.model, model_kwargs), ('baseline', pair.baseline, {})):
-        args = parse_args(['--model', name])
-        cfg = timm.get_pretrained_cfg(pair.baseline)  # None if there is no such model
-        args.num_classes = cfg and cfg.num_classes
-        args.model_kwargs = kwargs
-        models[role] = create_model(args)
+        given = dict(model=name, num_classes=cfg and cfg.num_classes, model_kwargs=kwargs)
+        models[role] = create_model(argparse.Namespace(**{**vars(create_parser().parse_args([])), **given}))
     return models
-
-
-def create_variants(pair: Pair, model_kwargs: Dict[str, Any]) -> Dict[str, Tuple[str, nn.Module]]:
-    """The models of a pair, and each as ``prepared_...`` for inference, with their names."""
-    variants = {}
-    for role, model in create_pair(pair, model_kwargs).items():
-        name = getattr(pair, role)
-        variants[role] = name, model
-        prepared = prepare_for_inference(model)
-        if prepared is not None:
-            variants[f'prepared_{role}'] = f'{name}, {prepared[0]}', prepared[1]
-    return variants
 
 
 def measure(pair: Pair, args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
     """Measure a pair.
 
     Returns:
-        Size of the ``input``, and of each of the ``variants`` its name and the values of the table's columns, times as
-        one for each round.
+        Size of the ``input``, and for each of the ``variants`` its name and the table's columns, times of every round.
 
     Raises:
         ValueError: If there is no such model, or it does not take its arguments or the images.
     """
-    variants = create_variants(pair, args.model_kwargs)
     size = (3, pair.img_size, pair.img_size)
-    results: Dict[str, Dict[str, Any]] = {}
-    for key, (name, model) in variants.items():
-        results[key] = dict(name=name, parameters=sum(p.numel() for p in model.parameters()))
+    models, results = create_pair(pair, args.model_kwargs), {}
+    for role in ('model', 'baseline'):
+        results[role] = dict(name=getattr(pair, role))
+        prepared = prepare_for_inference(models[role])
+        if prepared is not None:
+            results[f'prepared_{role}'] = dict(name=f'{getattr(pair, role)}, {prepared[0]}')
+            models[f'prepared_{role}'] = prepared[1]
+    for role, result in results.items():
+        result['parameters'] = sum(p.numel() for p in models[role].parameters())
         try:
-            results[key]['multiply_adds'] = count_multiply_adds(model, size)
+            result['multiply_adds'] = count_multiply_adds(models[role], size)
         except (AssertionError, RuntimeError) as e:
-            raise ValueError(f'{name} does not take images of {size}: {" ".join(str(e).split())}') from e
+            raise ValueError(f'{result["name"]} does not take images of {size}: {" ".join(str(e).split())}') from e
 
     layout = dict(memory_format=torch.contiguous_format if args.contiguous else torch.channels_last)
     images = torch.randn(pair.batch_size, *size).to(device, **layout)
@@ -224,73 +205,46 @@ def measure(pair: Pair, args: argparse.Namespace, device: torch.device) -> Dict[
         return model
 
     @torch.inference_mode()
-    def infer(model: nn.Module, images: torch.Tensor) -> None:
+    def infer(model: nn.Module, images: torch.Tensor, then: Callable[[], None] = lambda: None) -> None:
         with autocast():
             model(images)
+        then()
 
-    def infer_and_wait(model: nn.Module, images: torch.Tensor) -> None:
-        infer(model, images)
-        wait()
-
-    steps = {key: TrainingStep(place(copy.deepcopy(variants[key][1])), images, autocast)
-             for key in ('model', 'baseline')}
-    networks = {key: place(model.eval()) for key, (_, model) in variants.items()}
-    times = time_in_turns(
-        {
-            **{(key, 'image_seconds'): partial(infer_and_wait, model, images[:1]) for key, model in networks.items()},
-            **{(key, 'batch_seconds'): partial(infer, model, images) for key, model in networks.items()},
-            **{(key, 'step_seconds'): step for key, step in steps.items()},
-        },
-        args.rounds,
-        wait,
-        f'{pair.model} / {pair.baseline}',
-    )
-    for (key, column), seconds in times.items():
-        results[key][column] = seconds
+    steps = {role: TrainingStep(place(copy.deepcopy(models[role])), images, autocast) for role in ('model', 'baseline')}
+    networks = {role: place(models[role].eval()) for role in results}
+    tasks = {(role, 'image_seconds'): partial(infer, model, images[:1], wait) for role, model in networks.items()}
+    tasks |= {(role, 'batch_seconds'): partial(infer, model, images) for role, model in networks.items()}
+    tasks |= {(role, 'step_seconds'): step for role, step in steps.items()}
+    for (role, column), seconds in time_in_turns(tasks, args.rounds, wait, f'{pair.model} / {pair.baseline}').items():
+        results[role][column] = seconds
     if not args.cuda_graphs:  # these keep their memory between steps
-        for key, step in steps.items():
-            results[key]['peak_memory'] = step.peak_memory()
+        for role, step in steps.items():
+            results[role]['peak_memory'] = step.peak_memory()
     return dict(input=[pair.batch_size, *size], variants=results)
 
 
-def quartiles(values: Sequence[float]) -> List[float]:
-    """First quartile, median, and third quartile."""
-    return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
-
-
-def compare(variants: Dict[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """Ratios of a model to its baseline, both as they are and as prepared; of times, quartiles of those of rounds."""
-    rows = []
-    for role, of in (('model', 'baseline'), ('prepared_model', 'baseline'), ('prepared_model', 'prepared_baseline')):
-        if role in variants and of in variants:
-            a, b = variants[role], variants[of]
-            row = dict(name=a['name'], baseline=b['name'])
-            for key in _COLUMNS:
-                if key in a and key in b:
-                    times = isinstance(a[key], list)
-                    row[key] = quartiles([x / y for x, y in zip(a[key], b[key])]) if times else a[key] / b[key]
-            rows.append(row)
-    return rows
-
-
 def format_report(report: Dict[str, Any]) -> str:
-    """A report as Markdown."""
-    def absolute(key: str, value: Any, batch_size: int) -> str:
-        return _COLUMNS[key][1](quartiles(value)[1] if isinstance(value, list) else value, batch_size)
-
-    def ratio(value: Any) -> str:
-        return '{1:.2f} ({0:.2f} to {2:.2f})'.format(*value) if isinstance(value, list) else f'{value:.3f}'
+    """A report as Markdown: baselines in numbers, models as ratios to them, as they are and as prepared."""
+    def cell(key: str, of: Dict[str, Any], variant: Optional[Dict[str, Any]], batch_size: int) -> str:
+        if key not in of or variant is not None and key not in variant:
+            return ''
+        if variant is None:
+            return _COLUMNS[key][1](np.median(of[key]), batch_size)
+        if isinstance(of[key], list):
+            ratios = np.divide(variant[key], of[key])
+            return '{1:.2f} ({0:.2f} to {2:.2f})'.format(*np.quantile(ratios, [0.25, 0.5, 0.75]))
+        return f'{variant[key] / of[key]:.3f}'
 
     heads = ['model', 'of', 'input', *(head for head, _ in _COLUMNS.values())]
     rows = [heads, ['---'] * len(heads)]
     for result in report['results']:
-        size, variants = 'x'.join(map(str, result['input'])), result['variants']
-        for baseline in (variants[key] for key in ('baseline', 'prepared_baseline') if key in variants):
-            cells = [absolute(key, baseline[key], result['input'][0]) if key in baseline else '' for key in _COLUMNS]
-            rows.append([baseline['name'], '', size, *cells])
-        for row in result['ratios']:
-            cells = [ratio(row[key]) if key in row else '' for key in _COLUMNS]
-            rows.append([row['name'], row['baseline'], size, *cells])
+        for role, of in ((None, 'baseline'), (None, 'prepared_baseline'), ('model', 'baseline'),
+                         ('prepared_model', 'baseline'), ('prepared_model', 'prepared_baseline')):
+            baseline, variant = result['variants'].get(of), result['variants'].get(role)
+            if baseline and (variant or role is None):
+                names = [variant['name'], baseline['name']] if variant else [baseline['name'], '']
+                cells = [cell(key, baseline, variant, result['input'][0]) for key in _COLUMNS]
+                rows.append([*names, 'x'.join(map(str, result['input'])), *cells])
     return '\n'.join([
         f'`{report["command"]}`',
         '',
@@ -309,30 +263,31 @@ def describe(args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
     cpu = Path('/proc/cpuinfo')  # what Python knows of a processor on Linux is its architecture
     name = re.search(r'^model name\s*: (.*)', cpu.read_text(), re.MULTILINE) if cpu.exists() else None
     name = name[1] if name else platform.processor() or platform.machine()
-    setup = dict(device=device.type, CPU=f'{name} ({torch.backends.cpu.get_cpu_capability()})')
-    if device.type == 'cuda':
-        setup['device'] = torch.cuda.get_device_name(device)
-    compiling = 'torch.compile with CUDA graphs' if args.cuda_graphs else 'torch.compile' if args.compile else 'none'
-    return dict(
-        setup,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        timm=timm.__version__,
-        dtype=('bfloat16 autocast, else ' if args.amp else '') + 'float32' + ' (TF32)' * (device.type == 'cuda'),
-        layout='contiguous' if args.contiguous else 'channels-last',
-        compiler=compiling,
-        **{'image size': args.img_size, 'batch size': args.batch_size, 'rounds': args.rounds},
-    )
+    compiler = 'torch.compile with CUDA graphs' if args.cuda_graphs else 'torch.compile' if args.compile else 'none'
+    return {
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
+        'CPU': f'{name} ({torch.backends.cpu.get_cpu_capability()})',
+        'threads': torch.get_num_threads(),
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+        'dtype': ('bfloat16 autocast, else ' if args.amp else '') + 'float32' + ' (TF32)' * (device.type == 'cuda'),
+        'layout': 'contiguous' if args.contiguous else 'channels-last',
+        'compiler': compiler,
+        'image size': args.img_size,
+        'batch size': args.batch_size,
+        'rounds': args.rounds,
+    }
 
 
-def write(text: str, path: Path) -> None:
-    """Write a file whole."""
-    with atomic_folder(path.parent) as new:
-        (new / path.name).write_text(text, encoding='utf-8')
+def write(text: str, path: Optional[Path]) -> None:
+    """Write a file whole, if it is asked for."""
+    if path is not None:
+        with atomic_folder(path.parent) as new:
+            (new / path.name).write_text(text, encoding='utf-8')
 
 
-def main(argv: Optional[List[str]] = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
+def create_benchmark_parser() -> argparse.ArgumentParser:
+    """The parser of `python -m train.benchmark`."""
     parser = argparse.ArgumentParser(
         prog='python -m train.benchmark',
         description='Time and memory of models as ratios to a baseline. Without --models: dresnet18 of resnet18, '
@@ -342,73 +297,62 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--models', nargs='+', metavar='NAME', help='architectures, any of timm.list_models()')
     parser.add_argument('--baseline', metavar='NAME', help='the architecture to compare them with')
     parser.add_argument('--all', action='store_true',
-                        help='besides these, DResNets of 34 and 101 layers, and of 20 and 56 in batches of 128 images of '
-                             '32x32')
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+                        help='besides these, DResNets of 34 and 101 layers, and of 20 and 56 on batches of 128x3x32x32')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
                         help='other arguments of the models, but not of the baseline, such as gate=gauss')
     parser.add_argument('--img-size', type=positive, default=224, metavar='N', help='image size')
     parser.add_argument('-b', '--batch-size', type=positive, default=8, metavar='N', help='images in a batch')
     parser.add_argument('--rounds', type=positive, default=10, metavar='N', help='how often each is timed')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME',
-                        help='device to run on')
+    parser.add_argument('--device', metavar='NAME', help='device to run on (a GPU if there is one, if not set)')
     parser.add_argument('--threads', type=positive, metavar='N', help='CPU threads of PyTorch')
     parser.add_argument('--contiguous', action='store_true', help='contiguous memory layout instead of channels-last')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--compile', action='store_true', help='torch.compile the models')
-    parser.add_argument('--cuda-graphs', action='store_true',
-                        help='the same with CUDA graphs; peak memory is not measured')
+    parser.add_argument('--cuda-graphs', action='store_true', help='with CUDA graphs; peak memory is not measured')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write all that was measured, times of every round')
     parser.add_argument('--md', type=Path, metavar='FILE', help='write what is printed')
-    try:
-        args = parser.parse_args(argv)
-    except ValueError:  # from ParseKwargs
-        parser.error('--model-kwargs must be KEY=VALUE pairs, such as gate=gauss.')
+    parser.set_defaults(deterministic=False)
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = create_benchmark_parser()
+    args = parser.parse_args(argv)
     args.compile |= args.cuda_graphs
-    if bool(args.models) != bool(args.baseline):
-        parser.error('--models and --baseline need each other.')
-    if args.all and args.models:
-        parser.error('--all has models of its own: leave out either it or --models.')
+    if bool(args.models) != bool(args.baseline) or args.all and args.models:
+        parser.error('--models and --baseline need each other, and exclude --all.')
     for path in filter(None, (args.json, args.md)):
         if not path.parent.is_dir() or path.is_dir():
             parser.error(f'{path} cannot be written: it must be a file in a folder that exists.')
     try:
-        device = torch.device(args.device)
-        torch.empty(1, device=device)
-    except (AssertionError, RuntimeError) as e:
-        parser.error(f'--device {args.device}: {str(e).splitlines()[0]}')
-    if device.type not in ('cpu', 'cuda'):
-        parser.error(f'--device must be cpu or a CUDA device, not {args.device}.')
+        device = set_up_process(args).device
+    except ValueError as e:
+        parser.error(str(e))
     if args.cuda_graphs and device.type != 'cuda':
-        parser.error(f'--cuda-graphs needs a CUDA device, not {args.device}.')
+        parser.error(f'--cuda-graphs needs a CUDA device, not {device.type}.')
 
     if args.threads:
         torch.set_num_threads(args.threads)
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler logs that it finds no GPU
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # all variants share the code that is compiled for each of them
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
-    pairs = _ALL if args.all else _PAIRS
-    if args.models:
-        pairs = [(model, args.baseline) for model in args.models]
-    pairs = [Pair(*pair, args.img_size, args.batch_size) for pair in pairs]
+    names = [(model, args.baseline) for model in args.models or ()] or (_ALL if args.all else _PAIRS)
+    pairs = [Pair(*pair, args.img_size, args.batch_size) for pair in names]
     if args.all:
         pairs += [Pair(*pair, 32, 128) for pair in _ALL_CIFAR]
     command = shlex.join(['python', '-m', 'train.benchmark', *argv])
     report: Dict[str, Any] = dict(command=command, setup=describe(args, device), results=[])
     try:
-        for pair in pairs:  # what is wrong with the last need not wait for the others
+        for pair in pairs:  # errors of the last need not wait for the others
             create_pair(pair, args.model_kwargs)
         for pair in pairs:
-            result = measure(pair, args, device)
-            result['ratios'] = compare(result['variants'])
-            report['results'].append(result)
+            report['results'].append(measure(pair, args, device))
             gc.collect()
             if args.compile:
                 torch.compiler.reset()
-            if args.json:
-                write(json.dumps(report, indent=1), args.json)
-            if args.md:
-                write(format_report(report), args.md)
+            write(json.dumps(report, indent=1), args.json)
+            write(format_report(report), args.md)
     except (OSError, ValueError, torch.OutOfMemoryError) as e:
         sys.exit(f'python -m train.benchmark: error: {" ".join(str(e).split())}')
     print(format_report(report), end='')

@@ -1,7 +1,7 @@
-"""The folder of a run: which one it is, and the checkpoints in it, from the newest of which a run goes on."""
+"""The folder of a run: which one it is, and the checkpoints in it, from the newest of which a run resumes."""
 import errno
+import itertools
 import logging
-import math
 import os
 import re
 import shutil
@@ -17,13 +17,14 @@ from filelock import FileLock, Timeout
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, NativeScaler
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
 from timm_dresnet.folders import replace
 
-from .data import is_worker_lost
+from .loading import is_worker_lost
 
 _logger = logging.getLogger('train')
 
-# arguments that may differ when a run goes on, since they do not change what comes out
+# arguments that may differ when a run resumes, since they do not change its results
 _FREE = {
     'bad_images', 'checkpoint_hist', 'dataset_download', 'device', 'experiment', 'in_memory', 'log_interval',
     'log_tensorboard', 'log_wandb', 'output', 'pin_mem', 'recovery_interval', 'validation_batch_size', 'wandb_project',
@@ -36,38 +37,43 @@ def is_finished(folder: Path) -> bool:
     return (folder / 'model.safetensors').exists()
 
 
-def open_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
-    """Find the run of this name with the same arguments, finished or not, or make a folder for a new one.
+def _binding(recipe: Dict[str, Any]) -> Dict[str, Any]:
+    bound = {key: value for key, value in recipe.items() if key not in _FREE}
+    if bound.get('data_dir'):  # which may have another path on another machine, or in another job
+        bound['data_dir'] = Path(str(bound['data_dir'])).name
+    return bound
+
+
+def find_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
+    """Find the run of this name with the same arguments, finished or not, or the first folder that is free for it.
 
     Args:
         output: Folder of the folders of runs.
         name: Name of the run; where it is taken by another run, `-1`, `-2`, ... is added.
         recipe: All arguments of the run.
     """
-    def binding(arguments: Dict[str, Any]) -> Dict[str, Any]:
-        bound = {key: value for key, value in arguments.items() if key not in _FREE}
-        if bound.get('data_dir'):  # which may have another path on another machine, or in another job
-            bound['data_dir'] = Path(str(bound['data_dir'])).name
-        return bound
-
-    text = yaml.safe_dump(recipe)
-    number = 0
-    while True:
+    wanted = _binding(yaml.safe_load(yaml.safe_dump(recipe)))
+    for number in itertools.count():
         folder = output / (f'{name}-{number}' if number else name)
-        arguments = folder / 'args.yaml'
         if not folder.exists():
-            break
-        try:
-            found = yaml.safe_load(arguments.read_text())
-        except (OSError, ValueError, RecursionError, yaml.YAMLError):
-            found = None  # not of a run
-        if isinstance(found, dict) and binding(found) == binding(yaml.safe_load(text)):
             return folder
-        number += 1
+        try:
+            found = yaml.safe_load((folder / 'args.yaml').read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # not of a run
+        if isinstance(found, dict) and _binding(found) == wanted:
+            return folder
+
+
+def open_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
+    """The folder that `find_folder` finds, made if it is free."""
+    folder = find_folder(output, name, recipe)
+    if folder.exists():
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.run-'))
     new.chmod(0o755)
-    (new / 'args.yaml').write_text(text)
+    (new / 'args.yaml').write_text(yaml.safe_dump(recipe))
     try:
         replace(new, folder)
     except OSError as e:
@@ -84,7 +90,7 @@ def lock_folder(folder: Path) -> FileLock:
     Raises:
         ValueError: If another process holds it.
     """
-    # loading processes outlive one that was killed by some seconds; a run that has failed in this process is no other
+    # worker processes outlive one that was killed by some seconds; a run that has failed in this process is no other
     lock = FileLock(folder / '.lock', timeout=10, is_singleton=True)
     try:
         lock.acquire()
@@ -100,15 +106,8 @@ def _unfinished(folder: Path) -> Iterator[Path]:
 
 
 def _progress(path: Path) -> Tuple[int, int]:
-    """Epoch and batch that come after a checkpoint, of whose entry that says so every number is checked."""
     progress = load_checkpoint_metadata(path)['task_state']
-    counts = [progress[key] for key in ('epoch', 'batch', 'images')]
-    if any(type(count) is not int or count < 0 for count in counts):
-        raise ValueError(f'counts are {counts}')
-    totals = progress['totals']
-    if len(totals) != 3 or not all(type(total) is float and math.isfinite(total) for total in totals):
-        raise ValueError(f'totals are {totals}')
-    return progress['epoch'], progress['batch']
+    return int(progress['epoch']), int(progress['batch'])
 
 
 def newest(folder: Path) -> Optional[Path]:
@@ -157,14 +156,14 @@ class Checkpoints(CheckpointSaver):
         return best
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Take over which checkpoints there are; one that comes from elsewhere may name any file for deletion."""
+        """Take over the list of checkpoints, but no other files: those on it are deleted when better ones come."""
         files = [
             (name, metric) for name, metric in state_dict['checkpoint_files']
             if re.fullmatch(rf'{self.save_prefix}-\d+{re.escape(self.extension)}', name)]
         super().load_state_dict({**state_dict, 'checkpoint_files': files})
 
-    def continue_from(self, path: Path) -> None:
-        """Go on with the files that were there when a checkpoint was written, and the best of them.
+    def resume(self, path: Path) -> None:
+        """Take over the files that were there when a checkpoint was written, and the best of them.
 
         Raises:
             ValueError: If the checkpoint does not fit.

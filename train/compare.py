@@ -1,16 +1,17 @@
 """`python -m train.compare`: several models with one recipe and several seeds, as a table and pictures.
 
-Every run is one of `python -m train`, in a folder of its own. Stopped and started again with the same command, the
-comparison goes on where it was.
+Every run is one of `python -m train`, in a folder of its own. A comparison that was stopped resumes by the same
+command.
 """
 import argparse
 import logging
 import re
+import signal
 import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 import timm
 import yaml
@@ -18,13 +19,13 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from timm.utils import setup_default_logging
+
 from timm_dresnet.folders import atomic_folder
 
 from .arguments import create_parser
 from .benchmark import count_multiply_adds
 from .checkpoints import is_finished, open_folder
-from .engine import Stop
-from .tables import read_csv, write_csv
+from .results import read_csv, write_csv
 
 _logger = logging.getLogger('train')
 _HERE = Path(__file__).parent
@@ -65,43 +66,38 @@ def load_config(name: str, smoke: bool = False) -> Dict[str, Any]:
         raise ValueError(f'{path} is not a comparison: {type(e).__name__} {e}') from e
 
 
-def run(command: List[str], stop: Stop) -> None:
-    """Run a training to its end; if this process is asked to end, so is that one.
+def run(command: List[str]) -> None:
+    """Run a training to its end; a signal that asks this process to end is handed on.
 
     Raises:
         SystemExit: If it fails or was asked to end.
     """
-    if stop.signal is not None:
-        sys.exit(128 + stop.signal)
     process = subprocess.Popen(command)
-    forwarded = False
-    while process.poll() is None:
-        try:
-            process.wait(timeout=0.5)
-        except subprocess.TimeoutExpired:
-            if stop.signal is not None and not forwarded:
-                process.send_signal(stop.signal)
-                forwarded = True
-    if process.returncode:
-        sys.exit(process.returncode)
+    numbers = signal.SIGTERM, signal.SIGINT
+    handlers = [signal.signal(number, lambda number, _: process.send_signal(number)) for number in numbers]
+    status = process.wait()
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
+    if status:
+        sys.exit(status)
 
 
 def summarize(name: str, folders: List[Path]) -> Dict[str, Any]:
     """A model's line of the table, over the seeds whose runs are finished."""
     histories = [read_csv(folder / 'summary.csv') for folder in folders]
     accuracies = [[float(row['eval_top1']) for row in rows if row['eval_top1']] for rows in histories]
-    speeds = [float(row['train_images_per_second']) for rows in histories for row in rows if row['train_images_per_second']]
+    column = 'train_images_per_second'
+    speeds = [float(row[column]) for rows in histories for row in rows if row[column]]
     model = timm.create_model(f'local-dir:{folders[0]}')
     best, last = [max(values) for values in accuracies], [values[-1] for values in accuracies]
-    deviation: Callable[[List[float]], Optional[float]] = lambda v: statistics.stdev(v) if len(v) > 1 else None
     return {
         'model': name,
         'parameters': sum(p.numel() for p in model.parameters()),
         'multiply_adds': count_multiply_adds(model, model.pretrained_cfg['input_size']),
         'best_top1': statistics.mean(best),
-        'best_top1_std': deviation(best),
+        'best_top1_std': statistics.stdev(best) if len(best) > 1 else None,
         'last_top1': statistics.mean(last),
-        'last_top1_std': deviation(last),
+        'last_top1_std': statistics.stdev(last) if len(last) > 1 else None,
         'images_per_second': statistics.median(speeds),
         'epochs': len(histories[0]),
         'seeds': len(folders),
@@ -207,22 +203,21 @@ def main(argv: Optional[List[str]] = None) -> None:
     given = {key: value for key, value in given.items() if value is not None}
     folder = open_folder(Path(args.output), name, dict(models=models, seeds=seeds, **given))
     runs: Dict[str, List[Path]] = {}
-    with Stop() as stop:
-        for seed in seeds:  # all models of one seed first: a comparison that is stopped has something to compare
-            for model, recipe in models.items():
-                experiment = f'{_slug(model)}-seed{seed}'
+    for seed in seeds:  # all models of one seed first: a comparison that is stopped has something to compare
+        for model, recipe in models.items():
+            experiment = f'{_slug(model)}-seed{seed}'
+            if not is_finished(folder / experiment):
+                _logger.info(f'{model}, seed {seed}')
+                path = folder / f'{experiment}.yaml'
+                path.write_text(yaml.safe_dump({**recipe, 'seed': seed}))
+                command = [sys.executable, '-m', 'train', *others, '--config', str(path)]
+                run([*command, '--output', str(folder), '--experiment', experiment])
                 if not is_finished(folder / experiment):
-                    _logger.info(f'{model}, seed {seed}')
-                    path = folder / f'{experiment}.yaml'
-                    path.write_text(yaml.safe_dump({**recipe, 'seed': seed}))
-                    command = [sys.executable, '-m', 'train', *others, '--config', str(path)]
-                    run([*command, '--output', str(folder), '--experiment', experiment], stop)
-                    if not is_finished(folder / experiment):
-                        sys.exit(f'python -m train.compare: error: {folder / experiment} is of another version of this '
-                                 'program: remove it, or name another --output.')
-                runs.setdefault(model, []).append(folder / experiment)
-                write_table([summarize(model, folders) for model, folders in runs.items()], folder)
-                draw(runs, folder)
+                    sys.exit(f'python -m train.compare: error: {folder / experiment} is of another version of this '
+                             'program: remove it, or name another --output.')
+            runs.setdefault(model, []).append(folder / experiment)
+            write_table([summarize(model, folders) for model, folders in runs.items()], folder)
+            draw(runs, folder)
     print((folder / 'comparison.md').read_text() + f'It lies in {folder.resolve()}')
 
 

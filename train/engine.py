@@ -5,28 +5,36 @@ import math
 import signal
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Optional
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from timm.data.loader import PrefetchLoader
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationEvaluator, ClassificationTask, evaluation_sample_limit
-from timm.utils import NativeScaler, dispatch_clip_grad, is_primary
+from timm.task import ClassificationEvaluator, evaluation_sample_limit
+from timm.utils import NativeScaler, dispatch_clip_grad
 from tqdm import tqdm
 
-from .data import UNREADABLE, seed_everything
+from .build import Process, Task
+from .datasets import UNREADABLE
+from .loading import seed_everything
 
 _logger = logging.getLogger('train')
 
 
 class Stopped(Exception):
-    """A signal, whose number it holds, has asked the run to end."""
+    """A signal has asked the run to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f'stopped by signal {number}')
+        self.number = number
 
 
 class Stop:
-    """Notes a signal to end, within a `with` statement, so that training ends where it can go on from."""
+    """Notes a signal to end, within a `with` statement, so that training ends where it can resume from."""
 
     def __init__(self) -> None:
         self.signal = None
@@ -43,52 +51,36 @@ class Stop:
         self.signal = int(number)
 
 
-class Task(ClassificationTask):
-    """timm's task, which keeps in its checkpoints how far the run has come.
+@dataclass
+class TrainState:
+    """What an epoch of training needs.
 
     Attributes:
-        progress: ``epoch`` and ``batch`` that come next, ``images`` in a batch of all processes, and ``totals`` of the
-            epoch so far (sum of losses, correct predictions, images).
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.progress = dict(epoch=0, batch=0, images=0, totals=[0., 0., 0.])
-
-    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
-        return {} if ema else self.progress
-
-    def load_task_state(
-            self,
-            state: Optional[Dict[str, Any]],
-            strict: bool = True,
-            module: Optional[nn.Module] = None,
-            ema: bool = False,
-    ) -> None:
-        if not ema:
-            self.progress.update(state)
-
-
-def updates_per_epoch(loader, args: argparse.Namespace) -> int:
-    """Number of optimizer steps in an epoch; the last may take fewer batches."""
-    return -(-len(loader) // args.grad_accum_steps)
-
-
-def train_one_epoch(
-        task: Task,
-        loader,
-        optimizer: torch.optim.Optimizer,
-        lr_scheduler: Scheduler,
-        args: argparse.Namespace,
-        autocast: Callable[[], AbstractContextManager],
-        loss_scaler: Optional[NativeScaler],
-        stop: Stop,
-        save: Callable[[], None],
-) -> Dict[str, Optional[float]]:
-    """Train for one epoch, or for what `task.progress` leaves of it.
-
-    Args:
         save: Writes a checkpoint from inside the epoch.
+    """
+    args: argparse.Namespace
+    process: Process
+    task: Task
+    loader: PrefetchLoader
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Scheduler
+    loss_scaler: Optional[NativeScaler] = None
+    stop: Stop = field(default_factory=Stop)
+    save: Callable[[], None] = lambda: None
+
+
+def count_updates(num_batches: int, args: argparse.Namespace) -> int:
+    """Number of optimizer steps in an epoch; the last may take fewer batches."""
+    return -(-num_batches // args.grad_accum_steps)
+
+
+def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
+    """The context of `--amp`."""
+    return torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp)
+
+
+def train_one_epoch(state: TrainState) -> Dict[str, Optional[float]]:
+    """Train for one epoch, or for what `task.progress` leaves of it.
 
     Returns:
         Means over the epoch and all processes: ``loss``, ``top1`` accuracy in percent (on images as augmented; of mixed
@@ -96,46 +88,43 @@ def train_one_epoch(
 
     Raises:
         FloatingPointError: If the loss is no longer finite.
-        Stopped: If a signal has asked for it, after `save`.
+        Stopped: If a signal has asked for it, after `state.save`.
     """
-    progress = task.progress
-    epoch, start, num_batches, accum_steps = progress['epoch'], progress['batch'], len(loader), args.grad_accum_steps
+    args, process, task, optimizer = state.args, state.process, state.task, state.optimizer
+    progress, accum_steps, num_batches = task.progress, args.grad_accum_steps, len(state.loader)
+    epoch, start = progress['epoch'], progress['batch']
     remainder = num_batches % accum_steps
-    num_updates = epoch * updates_per_epoch(loader, args) + start // accum_steps
-    loader.loader.set_epoch(epoch, start)
+    num_updates = epoch * count_updates(num_batches, args) + start // accum_steps
+    state.loader.loader.set_epoch(epoch, start)
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
-        loader.mixup_enabled = False
-    model = task.get_trainable_module().train()
-    for module in model.modules():  # frozen layers keep their statistics
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            module.eval()
+        state.loader.mixup_enabled = False
+    _set_training_mode(task.get_trainable_module())
     optimizer.zero_grad()
     second_order = getattr(optimizer, 'is_second_order', False)
 
-    plain = is_primary(args) and not sys.stderr.isatty()
-    sums = torch.zeros(4, device=task.device)  # of an update: losses, correct predictions, images, requests to stop
+    plain = process.primary and not sys.stderr.isatty()
+    sums = torch.zeros(4, device=process.device)  # of an update: losses, correct predictions, images, requests to stop
     first_images, begin = progress['totals'][2], time.perf_counter()
     bar = tqdm(
-        loader, f'epoch {epoch + 1}', num_batches, initial=start, unit='batch', leave=False,
-        disable=None if is_primary(args) else True)
+        state.loader, f'epoch {epoch + 1}', num_batches, initial=start, unit='batch', leave=False,
+        disable=None if process.primary else True)
     for batch, (images, targets) in enumerate(bar, start):
-        seed_everything(args.seed, args.rank, epoch, batch, 2)
+        seed_everything(args.seed, process.rank, epoch, batch, 2)
         need_update = (batch + 1) % accum_steps == 0 or batch + 1 == num_batches
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         clip_parameters = task.get_clip_parameters(exclude_head=args.clip_mode == 'agc')
         with nullcontext() if need_update else task.no_sync():
-            with autocast():
+            with autocast(args, process.device):
                 result = task(images, targets)
             loss = result['loss'] / (remainder if num_batches - remainder <= batch < num_batches else accum_steps)
-            if loss_scaler is not None:
-                loss_scaler(
+            if state.loss_scaler is not None:
+                state.loss_scaler(
                     loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=clip_parameters,
                     need_update=need_update, create_graph=second_order)
             else:
                 loss.backward(create_graph=second_order)
-        if need_update and loss_scaler is None:
+        if need_update and state.loss_scaler is None:
             if args.clip_grad is not None:
                 dispatch_clip_grad(clip_parameters, value=args.clip_grad, mode=args.clip_mode)
             optimizer.step()
@@ -151,8 +140,8 @@ def train_one_epoch(
         optimizer.zero_grad()
         num_updates += 1
         task.update_ema(step=num_updates)
-        sums[3] = stop.signal is not None
-        if args.distributed:
+        sums[3] = state.stop.signal is not None
+        if process.distributed:
             dist.all_reduce(sums)  # so that all processes stop at the same update
         *update_totals, asked_to_stop = sums.tolist()
         sums.zero_()
@@ -163,7 +152,7 @@ def train_one_epoch(
                 'A lower --lr, a longer warm-up or --clip-grad may help.')
         totals = progress['totals'] = [sum(pair) for pair in zip(progress['totals'], update_totals)]
         progress['batch'] = batch + 1
-        lr_scheduler.step_update(num_updates=num_updates, metric=totals[0] / totals[2])
+        state.lr_scheduler.step_update(num_updates=num_updates, metric=totals[0] / totals[2])
 
         elapsed = time.perf_counter() - begin
         speed = (totals[2] - first_images) / elapsed
@@ -175,9 +164,9 @@ def train_one_epoch(
                 f'epoch {epoch + 1}  [{batch + 1}/{num_batches}]  loss {mean_loss:.4f}  lr {lr:.3g}  '
                 f'{speed:.0f} images/s  {left:.0f} s left in the epoch')
         if asked_to_stop or args.recovery_interval and num_updates % args.recovery_interval == 0:
-            save()
+            state.save()
         if asked_to_stop:
-            raise Stopped(stop.signal or int(signal.SIGTERM))  # the signal may have come to another process
+            raise Stopped(state.stop.signal or int(signal.SIGTERM))  # the signal may have come to another process
 
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
@@ -189,13 +178,19 @@ def train_one_epoch(
     )
 
 
+def _set_training_mode(model: nn.Module) -> None:
+    for module in model.train().modules():  # frozen layers keep their statistics
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
 @torch.inference_mode()
 def validate(
         model: nn.Module,
-        loader,
+        loader: PrefetchLoader,
         args: argparse.Namespace,
-        device: torch.device,
-        autocast: Callable[[], AbstractContextManager],
+        process: Process,
         stop: Optional[Stop] = None,
 ) -> Dict[str, float]:
     """Measure a model, over all processes, on the images that can be read.
@@ -207,19 +202,19 @@ def validate(
         Stopped: If a signal has asked for it.
     """
     model.eval()
-    evaluator = ClassificationEvaluator(device)
+    evaluator = ClassificationEvaluator(process.device)
     left = evaluation_sample_limit(loader)  # without those that fill the batches of several processes
     for images, targets in tqdm(
-            loader, 'validate', unit='batch', leave=False, disable=None if is_primary(args) else True):
+            loader, 'validate', unit='batch', leave=False, disable=None if process.primary else True):
         if stop is not None and stop.signal is not None:
             raise Stopped(stop.signal)
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with autocast():
+        with autocast(args, process.device):
             output = model(images)
         counted = targets != UNREADABLE
         if left is not None:
             counted[left:] = False
             left = max(left - len(targets), 0)
         evaluator.update(output[counted], targets[counted])
-    return dict(evaluator.compute(distributed=args.distributed))
+    return dict(evaluator.compute(distributed=process.distributed))

@@ -1,21 +1,42 @@
-"""What a run leaves in its folder beside the checkpoints: its log, a model that timm loads, and what it has become."""
+"""What a run leaves in its folder beside the checkpoints: tables, curves, and a model that timm loads."""
 import argparse
 import copy
+import csv
 import hashlib
 import shutil
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-import timm_dresnet
 import torch
 import torch.nn as nn
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from timm.models import save_for_hf
+
+import timm_dresnet
 from timm_dresnet.folders import atomic_folder
 
-from .tables import read_csv, write_epoch
+
+def write_epoch(path: Path, epoch: int, rows: List[Dict[str, Any]]) -> None:
+    """Append the rows of an epoch to a CSV table, in place of those of this epoch and later ones."""
+    kept = [row for row in read_csv(path) if int(row['epoch']) < epoch] if path.exists() else []
+    write_csv(path, [*kept, *(dict(epoch=epoch, **row) for row in rows)])
+
+
+def read_csv(path: Path) -> List[Dict[str, str]]:
+    """Rows of a CSV table with a header."""
+    with path.open(newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def write_csv(path: Path, rows: List[Dict[str, Any]]) -> None:
+    """Write a CSV table whose columns are those of all its rows."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    with atomic_folder(path.parent) as new, (new / path.name).open('w', newline='') as f:
+        writer = csv.DictWriter(f, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def has_connections(model: nn.Module) -> bool:
@@ -53,14 +74,12 @@ def plot_curves(summary: Path, path: Path) -> None:
 
 
 class Log:
-    """Writes down each epoch: `summary.csv`, `connections.csv`, `curves.png`, and TensorBoard or W&B if asked for."""
+    """Records each epoch: `summary.csv`, `connections.csv`, `curves.png`, and TensorBoard or W&B if asked for."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, first_epoch: int) -> None:
         """
         Args:
-            args: The run's arguments.
-            folder: Folder of the run.
-            first_epoch: Number of epochs that are in it.
+            first_epoch: Number of epochs that the folder has recorded.
 
         Raises:
             ValueError: If a package that is asked for is missing.
@@ -74,7 +93,7 @@ class Log:
                 self.tensorboard = SummaryWriter(folder, purge_step=first_epoch)
             if args.log_wandb:
                 import wandb
-                # the same when the run goes on
+                # the same when the run resumes
                 identity = f'{folder.resolve()} {(folder / "args.yaml").stat().st_mtime_ns}'
                 self.wandb = wandb.init(
                     project=args.wandb_project,
@@ -96,15 +115,7 @@ class Log:
             lr: float,
             model: nn.Module,
     ) -> None:
-        """Write down an epoch.
-
-        Args:
-            epoch: Its number, from 0.
-            train_metrics: From training.
-            eval_metrics: From validation, empty if there was none.
-            lr: Learning rate at its end.
-            model: The model, or its moving average.
-        """
+        """Record an epoch, by its number from 0; without validation, `eval_metrics` is empty."""
         row = {
             **{f'train_{key}': value for key, value in train_metrics.items()},
             **{f'eval_{key}': value for key, value in eval_metrics.items()},
@@ -138,7 +149,7 @@ def save_results(
         data_config: Dict[str, Any],
         label_names: Optional[List[str]] = None,
 ) -> None:
-    """Write pictures, `config.json`, and last, as the sign that the run is finished, `model.safetensors`.
+    """Write pictures, `config.json`, and last `model.safetensors`, which marks the run as finished.
 
     Args:
         model: The trained model.

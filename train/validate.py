@@ -8,15 +8,17 @@ import timm
 import torch
 from timm.data import resolve_input_data_config
 from timm.models import is_model_pretrained, load_checkpoint
-from timm.utils import ParseKwargs, is_primary, setup_default_logging
+from timm.utils import setup_default_logging
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
 from timm_dresnet.folders import load_folder
 
-from .arguments import add_data_arguments, add_device_arguments, create_parser, positive
-from .data import BadImageError, check_classes, count_bad_images, create_eval_loader
+from .arguments import KeyValues, add_data_arguments, add_device_arguments, create_parser, positive
+from .build import Process, create_model, set_up_process
+from .datasets import BadImageError, check_classes, count_bad_images, open_dataset
 from .engine import validate
-from .tables import write_csv
-from .trainer import create_autocast, create_model, set_up_device
+from .loading import WorkerError, create_eval_loader, worker_errors
+from .results import write_csv
 
 # what a run may begin with, but its checkpoints do not
 _WITHOUT_WEIGHTS = dict(pretrained=False, pretrained_path=None, initial_checkpoint='', linear_probe=False)
@@ -62,6 +64,33 @@ def load_model(name: str, args: argparse.Namespace) -> Tuple[torch.nn.Module, Di
     return model, resolve_input_data_config(model, use_test_size=True)
 
 
+def measure(name: str, args: argparse.Namespace, process: Process, first: bool) -> List[Dict[str, Any]]:
+    """Measure a model at each size, and print a line of the table for each, below its head if it is the first."""
+    model, data_config = load_model(name, args)
+    model.to(process.device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    channels, *model_size = data_config['input_size']
+    rows = []
+    for height, width in [(size, size) for size in args.img_size or ()] or [model_size]:
+        config = {**data_config, 'input_size': (channels, height, width)}
+        config['crop_pct'] = args.crop_pct or config['crop_pct']
+        dataset = open_dataset(args, False, channels)
+        check_classes(dataset, model.num_classes, model.pretrained_cfg.get('label_names') or ())
+        metrics = validate(model, create_eval_loader(args, dataset, config, process), args, process)
+        bad = count_bad_images([dataset], process)
+        row = dict(model=name, size=f'{height}x{width}', images=len(dataset) - bad, **metrics)
+        if process.primary:
+            if first and not rows:
+                print(f'On {row["images"]:,} images{f", {bad:,} more cannot be read" if bad else ""}:\n')
+                print('| model | size | top-1, % | top-5, % | loss |')
+                print('| --- | --- | --- | --- | --- |')
+            accuracies = f'{metrics["top1"]:.2f} | {metrics["top5"]:.2f}'
+            print(f'| {name} | {row["size"]} | {accuracies} | {metrics["loss"]:.4f} |', flush=True)
+        rows.append(row)
+    return rows
+
+
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m train.validate',
@@ -70,7 +99,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('models', nargs='+', metavar='MODEL',
                         help="folder of a run, checkpoint, hf-hub:owner/name, or one of timm's pretrained models")
-    parser.add_argument('--img-size', type=positive, nargs='+', metavar='N', help="image sizes (the model's if not set)")
+    parser.add_argument('--img-size', type=positive, nargs='+', metavar='N',
+                        help="image sizes (the model's if not set)")
     parser.add_argument('--crop-pct', type=float, metavar='X', help="center crop (the model's if not set)")
     parser.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='images in a batch')
     parser.add_argument('--csv', type=Path, metavar='FILE', help='write what is measured to a file as well')
@@ -78,43 +108,24 @@ def main(argv: Optional[List[str]] = None) -> None:
     group.add_argument('--arch', metavar='NAME', help='architecture')
     group.add_argument('--num-classes', type=int, metavar='N', help='number of classes')
     group.add_argument('--in-chans', type=int, metavar='N', help='number of image channels')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
                        help='other arguments of the model')
     add_data_arguments(parser)
     add_device_arguments(parser)
-    parser.set_defaults(deterministic=False, epoch_repeats=0., seed=0, validation_batch_size=None)
+    parser.set_defaults(deterministic=False, seed=0, validation_batch_size=None)
     args = parser.parse_args(argv)
     if args.csv and (not args.csv.parent.is_dir() or args.csv.is_dir()):
         parser.error(f'--csv {args.csv} cannot be written: no such folder, or a folder itself.')
 
     rows = []
     try:
-        device = set_up_device(args)
-        for name in args.models:
-            model, data_config = load_model(name, args)
-            model.to(device)
-            if args.channels_last:
-                model.to(memory_format=torch.channels_last)
-            channels, *model_size = data_config['input_size']
-            for height, width in [(size, size) for size in args.img_size or ()] or [model_size]:
-                config = {**data_config, 'input_size': (channels, height, width)}
-                config['crop_pct'] = args.crop_pct or config['crop_pct']
-                loader = create_eval_loader(args, config, device)
-                check_classes(loader.dataset, model.num_classes, model.pretrained_cfg.get('label_names') or ())
-                metrics = validate(model, loader, args, device, create_autocast(args, device))
-                bad = count_bad_images([loader], device, args.distributed)
-                images, size = len(loader.dataset) - bad, f'{height}x{width}'
-                if is_primary(args):
-                    if not rows:
-                        print(f'On {images:,} images{f", {bad:,} more cannot be read" if bad else ""}:\n')
-                        print('| model | size | top-1, % | top-5, % | loss |')
-                        print('| --- | --- | --- | --- | --- |')
-                    accuracies = f'{metrics["top1"]:.2f} | {metrics["top5"]:.2f}'
-                    print(f'| {name} | {size} | {accuracies} | {metrics["loss"]:.4f} |', flush=True)
-                rows.append(dict(model=name, size=size, images=images, **metrics))
-        if args.csv and is_primary(args):
+        process = set_up_process(args)
+        with worker_errors():
+            for name in args.models:
+                rows += measure(name, args, process, first=not rows)
+        if args.csv and process.primary:
             write_csv(args.csv, rows)
-    except (OSError, ValueError, BadImageError) as e:
+    except (OSError, ValueError, BadImageError, WorkerError) as e:
         sys.exit(f'python -m train.validate: error: {" ".join(str(e).split())}')
 
 

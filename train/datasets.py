@@ -1,0 +1,255 @@
+"""Data sets of images, and what is wrong with them: unreadable files, missing splits, classes that do not fit."""
+import argparse
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from timm.data import create_dataset
+from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_split
+from timm_dresnet.classifier import convert_image
+from torch.utils.data import Dataset, IterableDataset
+from tqdm import tqdm
+
+from .build import Process
+
+_SPLITS = {*_TRAIN_SYNONYM, *_EVAL_SYNONYM, 'test'}
+
+UNREADABLE = -100  # the class of an image that stands in for an unreadable one in validation
+
+
+class BadImageError(Exception):
+    """An image cannot be read."""
+
+    def __init__(self, message: str) -> None:
+        # PyTorch repeats an error of a worker process with its traceback as the message; the last line is ours
+        super().__init__(message.strip().splitlines()[-1].split('BadImageError: ')[-1])
+
+
+class Digits(Dataset):
+    """scikit-learn's handwritten digits: 1,797 images of 8x8 pixels, a fifth of them held out.
+
+    The split is the same in every run: stratified, with seed 0.
+    """
+    classes = [str(digit) for digit in range(10)]
+
+    def __init__(self, split: str) -> None:
+        """
+        Args:
+            split: 'train' (1,437 images) or 'validation' (360).
+
+        Raises:
+            ValueError: If there is no such split.
+        """
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+        splits = ('train', 'validation')
+        if split not in splits:
+            raise ValueError(f'digits has the splits {" and ".join(splits)}, not {split!r}.')
+        images, targets = load_digits(return_X_y=True)
+        images = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        split_images = train_test_split(images, targets, test_size=360, random_state=0, stratify=targets)
+        self.images, self.targets = split_images[splits.index(split)::2]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.targets[index])
+
+
+class Images(Dataset):
+    """A map-style data set in which an unreadable image is an error, or is skipped and counted.
+
+    The next image stands in for a skipped one: in training with its own class, in validation with the class
+    `UNREADABLE`, which is not measured.
+
+    Attributes:
+        transform: What is done to each image.
+        bad: Which images could not be read so far, in memory that is shared with the worker processes.
+    """
+
+    def __init__(
+            self,
+            dataset: Dataset,
+            mode: str,
+            is_training: bool = True,
+            skip_bad: bool = False,
+            in_memory: bool = False,
+    ) -> None:
+        """
+        Args:
+            dataset: One of timm's, of torchvision's, or the digits.
+            mode: Mode of the images, as in PIL.
+            in_memory: Decode all images now and keep them, in shared memory.
+        """
+        self.dataset = dataset
+        self.mode = mode
+        self.is_training = is_training
+        self.skip_bad = skip_bad
+        self.transform = None
+        self.bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        self.decoded = None
+        if in_memory:
+            self._decode_all()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def _name(self, index: int) -> str:
+        if hasattr(self.dataset, 'filename'):
+            name = self.dataset.filename(index, absolute=True)
+        else:
+            name = getattr(self.dataset, 'samples', {index: [None]})[index][0]  # torchvision's ImageFolder
+        return name or f'image {index} of {type(self.dataset).__name__}'
+
+    def _read(self, index: int) -> Tuple[Image.Image, Any]:
+        # ImageDataset.__getitem__ would log an unreadable image and return another
+        reader = getattr(self.dataset, 'reader', self.dataset)
+        try:
+            image, target = reader[index]
+            if not isinstance(image, Image.Image):
+                with image:
+                    image = Image.open(image)
+                    image.load()
+            return convert_image(image, self.mode), target
+        except Exception as e:  # damaged files make PIL raise nearly anything
+            self.bad[index] = True
+            reason = f'{type(e).__name__}: {" ".join(str(e).split())}'
+            raise BadImageError(
+                f'{self._name(index)} cannot be read ({reason}). Repair or remove it, or add --bad-images skip.') from e
+
+    def _decode_all(self) -> None:
+        def decode(index: int) -> Optional[Tuple[np.ndarray, Any]]:
+            try:
+                image, target = self._read(index)
+            except BadImageError:
+                if not self.skip_bad:
+                    raise
+                return None
+            return np.asarray(image), target
+
+        with ThreadPoolExecutor() as pool:
+            items = list(tqdm(
+                pool.map(decode, range(len(self))), 'decode', len(self), unit='image', leave=False, disable=None))
+        pixels = [np.empty(0, np.uint8) if item is None else item[0] for item in items]
+        self.shapes = [array.shape for array in pixels]
+        self.targets = [None if item is None else item[1] for item in items]
+        self.starts = np.cumsum([0, *(array.size for array in pixels)])
+        # one tensor in shared memory: worker processes neither copy it nor decode again
+        self.decoded = torch.empty(int(self.starts[-1]), dtype=torch.uint8).share_memory_()
+        for start, array in zip(self.starts, pixels):
+            self.decoded[start:start + array.size] = torch.from_numpy(array.reshape(-1).copy())
+
+    def _get(self, index: int) -> Tuple[Image.Image, Any]:
+        if self.decoded is None:
+            return self._read(index)
+        if self.bad[index]:
+            raise BadImageError(f'{self._name(index)} cannot be read.')
+        pixels = self.decoded[self.starts[index]:self.starts[index + 1]].numpy()
+        return Image.fromarray(pixels.reshape(self.shapes[index])), self.targets[index]
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        for candidate in range(index, index + len(self)):
+            try:
+                image, target = self._get(candidate % len(self))
+            except BadImageError:
+                if not self.skip_bad:
+                    raise
+                continue
+            if candidate != index and not self.is_training:
+                target = UNREADABLE
+            return image if self.transform is None else self.transform(image), -1 if target is None else target
+        raise BadImageError(f'None of the {len(self)} images can be read, the first is {self._name(0)}.')
+
+
+def open_dataset(args: argparse.Namespace, is_training: bool, in_chans: int) -> Dataset:
+    """The data set of `--train-split` or `--val-split`: `Images`, or a stream of timm's.
+
+    Raises:
+        ValueError: If there is none, or it has no images.
+    """
+    split = args.train_split if is_training else args.val_split
+    mode = args.input_img_mode or ('RGB' if in_chans == 3 else 'L')
+    if not args.dataset:
+        _check_folder(args.data_dir, split, is_training)
+    if args.dataset == 'digits':
+        dataset = Digits(split)
+    else:
+        try:
+            dataset = create_dataset(
+                args.dataset,
+                root=args.data_dir,
+                download=args.dataset_download,
+                split=split,
+                is_training=is_training,
+                class_map=args.class_map,
+                batch_size=args.batch_size,
+                num_samples=args.train_num_samples if is_training else args.val_num_samples,
+                seed=args.seed,
+                repeats=args.epoch_repeats if is_training else 0.,
+                input_img_mode=mode,
+                input_key=args.input_key,
+                target_key=args.target_key,
+            )
+        except (AssertionError, ImportError, RuntimeError) as e:
+            raise ValueError(f'--dataset {args.dataset} --data-dir {args.data_dir}: {e}') from e
+    if isinstance(dataset, IterableDataset):
+        if args.in_memory:
+            raise ValueError(f'--in-memory needs a map-style data set, {args.dataset} is a stream.')
+        return dataset
+    if not len(dataset):
+        raise ValueError(f'there are no images in {args.data_dir} (split {split}).')
+    return Images(dataset, mode, is_training, skip_bad=args.bad_images == 'skip', in_memory=args.in_memory)
+
+
+def _check_folder(data_dir: Optional[str], split: str, is_training: bool) -> None:
+    """Refuse a folder without the split, of which timm would take all images: to validate, those of training too."""
+    if not data_dir:
+        raise ValueError(
+            'say which images: by a recipe (--config train/recipes/digits.yaml), a folder (--data-dir DIR), or a data '
+            'set that timm knows (--dataset NAME).')
+    if not Path(data_dir).exists():
+        raise ValueError(f'there is no folder {data_dir}, check --data-dir.')
+    splits = sorted(folder.name for folder in Path(data_dir).iterdir() if folder.name in _SPLITS)
+    if _search_split(data_dir, split) == data_dir and (is_training or splits):
+        raise ValueError(
+            f'{data_dir} has no folder {split}{", only " + " and ".join(splits) if splits else ""}: '
+            f'put the images there, or name another by {"--train-split" if is_training else "--val-split"}.')
+
+
+def count_bad_images(datasets: Sequence[Dataset], process: Process) -> int:
+    """Number of images that no process could read so far; streams do not count theirs."""
+    flags = [dataset.bad for dataset in datasets if isinstance(dataset, Images)]
+    if not flags:
+        return 0
+    bad = torch.cat(flags).to(process.device, torch.int32)
+    if process.distributed:
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+    return int(bad.sum())
+
+
+def class_names(dataset: Dataset) -> Optional[List[str]]:
+    """Names of the classes in the order of their indices, if the data set tells."""
+    dataset = getattr(dataset, 'dataset', dataset)
+    names = getattr(dataset, 'classes', None)
+    if names is None:
+        index = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+        names = sorted(index, key=index.get) if index else None
+    # torchvision's ImageNet has tuples of synonyms
+    return [str(name[0] if isinstance(name, tuple) else name) for name in names] if names else None
+
+
+def check_classes(dataset: Dataset, num_classes: int, label_names: Sequence[str] = ()) -> None:
+    """Raise a ValueError for a data set with more classes than the model, or with a class at another index."""
+    names = class_names(dataset) or []
+    if len(names) > num_classes:
+        raise ValueError(f'the data set has {len(names)} classes, the model {num_classes}: see --num-classes.')
+    for index, name in enumerate(names):
+        if name in label_names and label_names.index(name) != index:
+            raise ValueError(
+                f'the class {name} has number {index} in the data set and {label_names.index(name)} in the model: give '
+                "all of the model's, in its order, in a text file of one name on a line, by --class-map.")

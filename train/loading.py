@@ -1,0 +1,307 @@
+"""Loaders: timm's, in an order and with augmentations that depend only on seed, epoch and batch."""
+import argparse
+import atexit
+import multiprocessing
+import random
+import signal
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import numpy as np
+import torch
+from timm.data import (
+    FastCollateMixup,
+    ScheduledBatchSampler,
+    ScheduledTransformDataset,
+    create_loader,
+    create_transform,
+)
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler
+
+from .build import Process
+from .datasets import Images
+
+
+class WorkerError(Exception):
+    """A worker process was killed, or gives nothing."""
+
+
+def is_worker_lost(error: Exception) -> bool:
+    """Whether PyTorch says so of a worker process, in an error that it may raise at any moment."""
+    if isinstance(error, (EOFError, ConnectionRefusedError, ConnectionResetError)):  # while it handed over a batch
+        return not str(error).startswith('Caught ')  # the data set's own, raised in such a process
+    return str(error).startswith(('DataLoader worker (pid', 'DataLoader timed out'))
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Raises a `WorkerError` where a worker process is lost."""
+    try:
+        yield
+    except (EOFError, OSError, RuntimeError) as e:
+        if not is_worker_lost(e):
+            raise
+        reason = str(e).splitlines()[0].rstrip('. ') if isinstance(e, RuntimeError) else 'DataLoader worker was killed'
+        raise WorkerError(f'{reason}. If memory ran out, use fewer --workers.') from e
+
+
+def seed_everything(*key: int) -> None:
+    """Seed Python, NumPy and PyTorch with what `key` (numbers from 0) is hashed to."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed notes the stack for every absent kind of device: slow
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
+
+
+class SeededBatchSampler(Sampler):
+    """Batches of an epoch, from any batch on: the key that seeds each, and the indices of its images."""
+
+    def __init__(self, batches: Sampler, *key: int) -> None:
+        self.batches = batches
+        self.key = key
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose what comes next, as in `EpochLoader.set_epoch`."""
+        getattr(self.batches, 'set_epoch', self.batches.sampler.set_epoch)(epoch)
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Tuple[Tuple[int, ...], List[Any]]]:
+        for number, indices in islice(enumerate(self.batches), self.start, None):
+            yield (*self.key, self.epoch, number), indices
+
+
+class SeededRepeats(RepeatAugSampler):
+    """timm's sampler for repeated augmentation, whose order depends on the epoch alone, with an order for each seed."""
+
+    def __init__(self, seed: int, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(self.seed + epoch)
+
+
+class SeededImages(Dataset):
+    """Images in whole batches, augmented with random numbers that depend on the batch alone.
+
+    So neither the number of worker processes nor where a run was stopped and resumed changes what is trained on.
+    """
+
+    def __init__(self, images: Dataset) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, batch: Tuple[Tuple[int, ...], List[Any]]) -> List[Tuple[Any, int]]:
+        key, indices = batch
+        seed_everything(*key, 0)
+        return [self.images[index] for index in indices]
+
+
+class EpochLoader(DataLoader):
+    """Batches of an epoch, from any batch on.
+
+    Before each batch the random numbers of this process are seeded, for random erasing. The batches of a stream that
+    are skipped must be loaded all the same.
+    """
+
+    def __init__(self, dataset: Dataset, *key: int, **kwargs: Any) -> None:
+        super().__init__(dataset, **kwargs)
+        self.key = key
+        self.epoch = self.start = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose what comes next.
+
+        Args:
+            epoch: Epoch to go through next.
+            start: Number of batches that are skipped at its beginning.
+        """
+        self.epoch, self.start = epoch, start
+        if isinstance(self.batch_sampler, SeededBatchSampler):
+            self.batch_sampler.set_epoch(epoch, start)
+        elif hasattr(self.dataset, 'set_epoch'):
+            self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        seed_everything(*self.key, self.epoch)  # the worker processes of a stream are seeded from here
+        batches = super().__iter__()
+        if not isinstance(self.batch_sampler, SeededBatchSampler):
+            batches = islice(batches, self.start, None)
+        for number, batch in enumerate(batches, self.start):
+            seed_everything(*self.key, self.epoch, number, 1)
+            yield batch
+
+
+def _start_worker(init: Optional[Callable[[int], None]], number: int) -> None:
+    # a signal to the whole process group is for the main process, which needs its workers to finish the batch
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if init is not None:
+        init(number)
+
+
+def _kill_workers() -> None:
+    # multiprocessing would ask them to end by a signal that they ignore, and wait for it
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error when one is killed
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+def _guard_workers(loader: DataLoader, args: argparse.Namespace) -> None:
+    if args.workers:
+        loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+        loader.timeout = args.worker_timeout
+        atexit.register(_kill_workers)
+
+
+def create_eval_loader(
+        args: argparse.Namespace,
+        dataset: Dataset,
+        data_config: Dict[str, Any],
+        process: Process,
+) -> PrefetchLoader:
+    """Loader of the validation split, with size and preprocessing from timm's `resolve_input_data_config`."""
+    loader = create_loader(
+        dataset,
+        data_config['input_size'],
+        args.validation_batch_size or args.batch_size,
+        interpolation=data_config['interpolation'],
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        distributed=process.distributed,
+        device=process.device,
+    )
+    _guard_workers(loader.loader, args)
+    return loader
+
+
+def create_train_loader(
+        args: argparse.Namespace,
+        dataset: Dataset,
+        data_config: Dict[str, Any],
+        num_classes: int,
+        process: Process,
+) -> PrefetchLoader:
+    """Loader of the training split, whose `loader` is the `EpochLoader` that epochs are set on.
+
+    It is put together from timm's parts, since `create_loader` takes no order of batches.
+
+    Raises:
+        ValueError: If the arguments do not fit the data set or each other.
+    """
+    collate_fn = _create_collate(args, num_classes)
+    loader_kwargs = dict(collate_fn=collate_fn, num_workers=args.workers, pin_memory=args.pin_mem)
+    if isinstance(dataset, Images):
+        images = dataset
+        if args.train_img_sizes:
+            channels = data_config['input_size'][0]
+            transforms = [_create_transform(args, data_config, (channels, s, s)) for s in args.train_img_sizes]
+            images = ScheduledTransformDataset(dataset, transforms)
+        else:
+            dataset.transform = _create_transform(args, data_config, data_config['input_size'])
+        loader = EpochLoader(
+            SeededImages(images),
+            args.seed,
+            process.rank,
+            batch_sampler=SeededBatchSampler(_create_batch_sampler(args, dataset, process), args.seed, process.rank),
+            # Mixup ends in the processes that are started after it was switched off
+            persistent_workers=args.workers > 0 and not args.mixup_off_epoch,
+            **loader_kwargs,
+        )
+    else:
+        for option, given in (('--train-img-sizes', args.train_img_sizes), ('--aug-repeats', args.aug_repeats)):
+            if given:
+                raise ValueError(f'{option} needs a map-style data set, {args.dataset} is a stream.')
+        dataset.transform = _create_transform(args, data_config, data_config['input_size'])
+        dataset.set_loader_cfg(num_workers=args.workers)
+        loader = EpochLoader(
+            dataset, args.seed, process.rank, batch_size=args.batch_size, drop_last=True, **loader_kwargs)
+    _guard_workers(loader, args)
+    return PrefetchLoader(
+        loader,
+        mean=data_config['mean'],
+        std=data_config['std'],
+        channels=data_config['input_size'][0],
+        device=process.device,
+        re_prob=0. if args.no_aug else args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+    )
+
+
+def _create_collate(args: argparse.Namespace, num_classes: int) -> Callable[[List[Any]], Any]:
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):
+        return fast_collate
+    if args.batch_size % 2:
+        raise ValueError(f'Mixup and CutMix need an even --batch-size, got {args.batch_size}.')
+    return FastCollateMixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def _create_transform(args: argparse.Namespace, data_config: Dict[str, Any], input_size: Tuple[int, ...]) -> Any:
+    interpolation = data_config['interpolation'] if args.no_aug else args.train_interpolation
+    try:
+        return create_transform(
+            input_size,
+            is_training=True,
+            no_aug=args.no_aug,
+            train_crop_mode=args.train_crop_mode,
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            vflip=args.vflip,
+            color_jitter=args.color_jitter,
+            color_jitter_prob=args.color_jitter_prob,
+            grayscale_prob=args.grayscale_prob,
+            gaussian_blur_prob=args.gaussian_blur_prob,
+            auto_augment=args.aa,
+            interpolation=interpolation or data_config['interpolation'],
+            mean=data_config['mean'],
+            std=data_config['std'],
+            use_prefetcher=True,
+        )
+    except AssertionError as e:  # timm's, of a policy that it does not know
+        raise ValueError(f'--aa {args.aa}: {e}') from e
+
+
+def _create_batch_sampler(args: argparse.Namespace, dataset: Images, process: Process) -> Sampler:
+    if args.aug_repeats:
+        sampler = SeededRepeats(args.seed, dataset, process.world_size, process.rank, num_repeats=args.aug_repeats)
+    else:
+        sampler = DistributedSampler(dataset, process.world_size, process.rank, seed=args.seed)
+    if not args.train_img_sizes:
+        return BatchSampler(sampler, args.batch_size, drop_last=True)
+    return ScheduledBatchSampler(
+        sampler,
+        [args.batch_size] * len(args.train_img_sizes),
+        seed=args.seed,
+        choice_schedule=args.train_size_schedule,
+        schedule_epochs=args.epochs,
+        schedule_spread=args.train_size_schedule_spread,
+        schedule_random_mix=args.train_size_random_mix,
+    )
