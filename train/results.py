@@ -107,6 +107,11 @@ class Log:
         except ModuleNotFoundError as e:
             raise ValueError(f'{e.name} is not installed, try: pip install {e.name}') from e
 
+    def start(self, model: nn.Module) -> None:
+        """Record the connections before the first epoch, as those of epoch -1."""
+        if has_connections(model):
+            write_epoch(self.folder / 'connections.csv', -1, timm_dresnet.connections(model))
+
     def epoch(
             self,
             epoch: int,
@@ -140,7 +145,8 @@ def _draw(folder: Path) -> None:
     with atomic_folder(folder) as new:
         plot_curves(folder / 'summary.csv', new / 'curves.png')
         if (folder / 'connections.csv').exists():
-            timm_dresnet.plot_history(read_csv(folder / 'connections.csv'), new / 'connections_history.png')
+            timm_dresnet.plot_history(
+                read_csv(folder / 'connections.csv'), new / 'connections_history.png', name=folder.name)
 
 
 def save_results(
@@ -168,4 +174,4 @@ def save_results(
         config = dict(label_names=label_names) if named else {}
         save_for_hf(model, new, model_config=config, data_config=data_config, safe_serialization=True)
         if has_connections(model):
-            timm_dresnet.plot_connections(model, new / 'connections.png')
+            timm_dresnet.plot_connections(model, new / 'connections.png', name=folder.name)

@@ -233,6 +233,7 @@ def _open_log(run: Run, folder: Path, checkpoint: Optional[Path]) -> Tuple[Check
     )
     log = Log(args, folder, progress['epoch'])
     if checkpoint is None:
+        log.start(run.model)
         parameters = sum(p.numel() for p in run.model.parameters())
         _logger.info(
             f'Training {args.model} ({parameters:,} parameters) on {len(run.train_set):,} images of '
