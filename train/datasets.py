@@ -10,9 +10,10 @@ import torch.distributed as dist
 from PIL import Image
 from timm.data import create_dataset
 from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_split
-from timm_dresnet.classifier import convert_image
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
+
+from timm_dresnet.images import convert_image
 
 from .build import Process
 
