@@ -176,12 +176,12 @@ def train(run: Run, folder: Path) -> None:
         buffers = dict(broadcast_buffers=False) if args.no_ddp_bb else {}
         device_ids = None if process.device.type == 'cpu' else [process.device]
         state.task.prepare_distributed(device_ids=device_ids, **buffers)
-    if process.primary:
-        saver, log = _open_log(run, folder, checkpoint)
-        progress = state.task.progress
-        state.save = lambda: saver.save_recovery(progress['epoch'], progress['batch'])
-    start, first_epoch = time.time(), state.task.progress['epoch']
-    with state.stop:
+    with state.stop:  # before the log says that training begins
+        if process.primary:
+            saver, log = _open_log(run, folder, checkpoint)
+            progress = state.task.progress
+            state.save = lambda: saver.save_recovery(progress['epoch'], progress['batch'])
+        start, first_epoch = time.time(), state.task.progress['epoch']
         for epoch in range(first_epoch, run.num_epochs):
             train_metrics, eval_metrics, lr = _train_and_validate(run)
             bad = count_bad_images([run.train_set, run.eval_set], process) if args.bad_images == 'skip' else None
