@@ -54,7 +54,7 @@ def test_forward_hooks_fire_once(name, training):
 
 @models
 def test_a_hook_on_one_module_counts(name):
-    """What it returns goes on through the network."""
+    """The network continues with what it returns."""
     model = create(name).eval()
     x = images(size=32)
     expected = model(x)

@@ -117,7 +117,7 @@ def newest(folder: Path) -> Optional[Path]:
         try:
             found[_progress(path)] = path
         except (OSError, RuntimeError, KeyError, EOFError, TypeError, ValueError) as e:
-            _logger.warning(f'{path} is not a whole checkpoint and left aside ({type(e).__name__}).')
+            _logger.warning(f'{path} is not a whole checkpoint and is skipped ({type(e).__name__}).')
     return found[max(found)] if found else None
 
 
