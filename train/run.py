@@ -128,7 +128,8 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     _check_data(args, model.num_classes, train_set, eval_set)
     train_loader = create_train_loader(args, train_set, data_config, model.num_classes, process)
     if not len(train_loader):
-        raise ValueError(f'--batch-size {args.batch_size} is more than there are training images.')
+        raise ValueError(
+            f'--batch-size {args.batch_size} is more than the {len(train_set)} training images: give a smaller one.')
     task = create_task(args, model, process)
     task.progress['images'] = args.batch_size * process.world_size
     optimizer = create_optimizer(args, model, process.world_size)
