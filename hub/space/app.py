@@ -16,7 +16,7 @@ MODELS = [
     name for name in timm.list_pretrained(['*dresnet*', '*adaresnet*']) if timm.get_pretrained_cfg(name).file]
 _ABOUT = """# Learned skip connections
 Drop an image. Each model says what it shows, and the arcs show which of its learned connections carried it: the wider,
-the larger its share of what it leads to. Switch connections off, and see what changes."""
+the larger its share of the sum it is added to. Switch connections off, and see what changes."""
 
 
 @lru_cache(maxsize=None)
