@@ -328,7 +328,7 @@ def test_layer_decay_groups(name):
         groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
         assert len(set(groups.values())) == count
         for n, group in groups.items():
-            if n.startswith('connections.layer'):
+            if '.connections.' in n:
                 stage = n.split('.')[1]
                 assert group == groups[f'{stage}.0.conv1.weight']
     optimizer = create_optimizer_v2(model, 'adamw', lr=0.1, weight_decay=0.1, layer_decay=0.5)

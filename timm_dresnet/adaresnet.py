@@ -155,16 +155,15 @@ class AdaResNet(ResNet):
         super().init_weights(self._zero_init_last)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        *_, error_msgs = args
         alphas: Dict[nn.Module, List[torch.Tensor]] = {}
         for name, module in self.named_modules(remove_duplicate=False):
             if isinstance(module, SkipWeight) and f'{prefix}{name}.alpha' in state_dict:
                 alphas.setdefault(module, []).append(state_dict[f'{prefix}{name}.alpha'])
         if any((alpha != values[0]).any() for values in alphas.values() for alpha in values[1:]):
-            error_msgs.append(
-                'blocks that share a skip weight have different ones here: these weights are those of a network with '
-                'another skip_weight.')
+            raise RuntimeError(
+                'These weights are those of a network made with another skip_weight: blocks that share one here have '
+                'different ones there.')
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:

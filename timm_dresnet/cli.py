@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
 import timm
@@ -30,12 +31,13 @@ _MAX_MEASURED = 128  # images to measure on, in one batch
 _BATCH = 32
 
 
-def load(name: str, pretrained: bool = True) -> nn.Module:
-    """Create a model in eval mode, with its weights.
+def load(name: str, pretrained: bool = True, families: Sequence[str] = ()) -> nn.Module:
+    """Create a model in eval mode.
 
     Args:
         name: Folder, `hf-hub:owner/name`, or model with or without a tag.
-        pretrained: Whether a model that is named without a tag has weights too.
+        pretrained: Whether a model of the registry has its weights.
+        families: Names of classes that it must be of.
 
     Raises:
         ValueError: If there is no such model, or its weights cannot be loaded.
@@ -48,13 +50,16 @@ def load(name: str, pretrained: bool = True) -> nn.Module:
             near = difflib.get_close_matches(architecture, list_models())
             hint = f'Did you mean {" or ".join(near)}?' if near else 'timm-dresnet list shows all.'
             raise ValueError(f'There is no folder and no model {name}. {hint}')
+        module = timm.models.model_entrypoint(architecture).__module__
+        if families and module not in [f'timm_dresnet.{family.lower()}' for family in families]:
+            raise ValueError(f'{name} is not a {" or ".join(families)}, and so has no learned connections.')
         if tag and name not in timm.list_pretrained(f'{architecture}.*'):
             raise ValueError(f'{architecture} has no weights {tag!r}: timm-dresnet list {architecture}* shows all.')
-        if not tag and pretrained and not timm.models.is_model_pretrained(architecture):
+        if pretrained and not tag and not timm.models.is_model_pretrained(architecture):
             raise ValueError(
-                f'{architecture} comes without weights: train it, or give a folder with those that you have.')
+                f'{architecture} comes without weights: train it, and give the folder of the run.')
     try:
-        return timm.create_model(name, pretrained=pretrained or ':' in name or '.' in name).eval()
+        return timm.create_model(name, pretrained=pretrained or ':' in name).eval()
     except Exception as e:  # whatever a damaged file, timm, or the network raises
         raise ValueError(f'{name} cannot be loaded: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
 
@@ -131,14 +136,14 @@ def classify_command(args: argparse.Namespace) -> int:
                 record = dict(image=path, classes=classes)
             else:
                 status, line, record = 1, '', dict(image=path, error=str(read[path]))
-                print(f'timm-dresnet classify: {read[path]}', file=sys.stderr)
+                print(f'timm-dresnet classify: error: {read[path]}', file=sys.stderr)
             if args.json or args.quiet or line:
                 print(json.dumps(record) if args.json else line, flush=True)
     return status
 
 
 def connections_command(args: argparse.Namespace) -> None:
-    model = load(args.model)
+    model = load(args.model, families=('DResNet', 'AdaResNet'))
     images = Classifier(model).read_sample(args.images, _MAX_MEASURED) if args.images else None
     records = timm_dresnet.connections(model, images)
     for name, plot in ((args.out, timm_dresnet.plot_connections), (args.arcs, timm_dresnet.plot_arcs)):
@@ -154,20 +159,22 @@ def connections_command(args: argparse.Namespace) -> None:
             writer.writerows(records)
     else:
         _print_table(records)
+        if images is not None:
+            _say('effect: norm of what the connection adds, over that of the whole sum. share: its part of the sum, '
+                 'negative where it works against the rest; all shares of a sum add up to 1.', args)
 
 
 def signal_command(args: argparse.Namespace) -> None:
     signals = {}
     for name in args.models:
-        trained = Path(name).is_dir() or ':' in name or '.' in name
         torch.manual_seed(0)
-        model = load(name, pretrained=False)
+        model = load(name, pretrained=not args.untrained)
         if args.images:
             images = Classifier(model).read_sample(args.images, _MAX_MEASURED)
         else:
             size = resolve_model_data_config(model)['input_size']
             images = torch.randn(16, *size, generator=torch.Generator().manual_seed(0))
-        signals[name] = timm_dresnet.signal_propagation(model.train(not trained), images)
+        signals[name] = timm_dresnet.signal_propagation(model.train(args.untrained), images)
     if args.out:
         with _picture(args.out, args) as path:
             timm_dresnet.plot_signal_propagation(signals, path)
@@ -192,7 +199,7 @@ def fuse_command(args: argparse.Namespace) -> None:
 
 
 def prune_command(args: argparse.Namespace) -> None:
-    model = load(args.model)
+    model = load(args.model, families=['DResNet'])
     if not isinstance(model, timm_dresnet.DResNet):
         raise ValueError(f'Connections are pruned in a DResNet, and {args.model} is none (but {type(model).__name__}).')
     images = Classifier(model).read_sample(args.images, _MAX_MEASURED) if args.images else None
@@ -204,19 +211,30 @@ def prune_command(args: argparse.Namespace) -> None:
 
 
 def export_command(args: argparse.Namespace) -> None:
+    if args.int8 and (args.format != 'onnx' or not args.images):
+        raise ValueError('--int8 needs --format onnx, and --images to measure the ranges of activations on.')
     model = load(args.model)
     if args.format == 'safetensors':
         return _write_model(model, args)
-    if missing := [name for name in ('onnx', 'onnxscript') if find_spec(name) is None]:
+    needed = ('onnx', 'onnxscript', 'onnxruntime') if args.int8 else ('onnx', 'onnxscript')
+    if missing := [name for name in needed if find_spec(name) is None]:
         raise ValueError(f'ONNX needs what is not installed, try: pip install {" ".join(missing)}')
     from timm.utils.onnx import onnx_export
     logging.getLogger('onnxscript.optimizer').setLevel(logging.ERROR)  # it warns of each constant that it leaves
+    images = Classifier(model).read_sample(args.images, _MAX_MEASURED) if args.int8 else None
     fused = reparameterize_model(model)
     with _model_folder(args) as folder:
         save_config_for_hf(model, str(folder / 'config.json'))
         onnx_export(
             fused, str(folder / 'model.onnx'), input_size=resolve_model_data_config(model)['input_size'], batch_size=2,
             use_dynamo=True, check_forward=find_spec('onnxruntime') is not None)
+        if images is not None:
+            from onnxruntime.quantization import quantize_static
+            from onnxruntime.quantization.shape_inference import quant_pre_process
+            quant_pre_process(folder / 'model.onnx', folder / 'model.onnx')
+            batches = ({'input0': batch.numpy()} for batch in images.split(_BATCH))
+            reader: Any = SimpleNamespace(get_next=lambda: next(batches, None))
+            quantize_static(folder / 'model.onnx', folder / 'model.onnx', reader, per_channel=True)
 
 
 def _say(message: str, args: argparse.Namespace) -> None:
@@ -309,15 +327,17 @@ def create_parser() -> argparse.ArgumentParser:
     add_images(command, 'measure what comes through each on images')
 
     command = add('signal', signal_command, 'show how activations and gradients get through networks',
-                  'plainnet56_cifar resnet56_cifar dresnet56_cifar --out signal.png', 'output/digits --images photos/')
-    command.add_argument('models', nargs='+', metavar='MODEL',
-                         help='networks; those named without a tag as they are before training')
+                  '--untrained plainnet56_cifar resnet56_cifar dresnet56_cifar --out signal.png',
+                  'output/digits --images photos/')
+    command.add_argument('models', nargs='+', metavar='MODEL', help='networks to compare')
+    command.add_argument('--untrained', action='store_true', help='as they are before training, from a seed of 0')
     command.add_argument('--out', metavar='FILE', help='draw it, side by side')
     add_images(command, 'measure on images instead of noise')
 
     def add_output(command: argparse.ArgumentParser) -> None:
         command.add_argument('model', metavar='MODEL', help='model to start from')
-        command.add_argument('folder', metavar='FOLDER', help='new folder to write')
+        command.add_argument('folder', metavar='FOLDER', help='folder to write')
+        command.add_argument('--force', action='store_true', help='write into a folder that is not empty')
 
     command = add('fuse', fuse_command, 'fold norms, gates and the skip weights of projections into plain convolutions',
                   'output/digits output/fused', json='')
@@ -334,9 +354,12 @@ def create_parser() -> argparse.ArgumentParser:
     add_images(command, 'measure effects on images')
 
     command = add('export', export_command, 'write a model as safetensors, or fused as ONNX',
-                  'test_dresnet output/test_dresnet', 'output/digits output/onnx --format onnx', json='')
+                  'test_dresnet output/test_dresnet', 'output/digits output/onnx --format onnx',
+                  'output/digits output/int8 --format onnx --int8 --images photos/', json='')
     add_output(command)
     command.add_argument('--format', default='safetensors', choices=('safetensors', 'onnx'), help='(%(default)s)')
+    command.add_argument('--int8', action='store_true', help='quantize the ONNX file')
+    add_images(command, 'measure the ranges of activations on images')
     return parser
 
 
@@ -349,8 +372,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = create_parser().parse_args(argv)
     try:
         folder = Path(getattr(args, 'folder', ''))
-        if folder.name and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f'{folder} exists and is not an empty folder: give another name.')
+        if folder.name and folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not args.force):
+            raise ValueError(f'{folder} exists and is not an empty folder: give another name, or --force.')
         status = args.function(args) or 0
         sys.stdout.flush()
         return status

@@ -5,7 +5,7 @@ Papers:
   https://github.com/Mao-chuan/An_improve_on_ResNet--Introduces_dynamic_connections
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
 """
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -24,15 +24,43 @@ from .resnet import ResNet, _c10_cfg, _cfg, _cifar_cfg, require_eval
 __all__ = ['DResNet']  # the model registry adds each entry point to this
 
 
+_WHOLE = (
+    'The connections of a DResNet need all blocks before them: a stage cannot be run by itself, and no block can be taken '
+    'out but the last stages, whole (model.layer4 = nn.Identity()). For features, use features_only=True, '
+    'forward_features or forward_intermediates.')
+
+
 class DResNetStage(nn.Sequential):
-    """The blocks of one resolution."""
+    """The blocks of one resolution, and the connections to its shape, which indexing and iteration pass over."""
     fused = False
+
+    def __init__(self, blocks: nn.Sequential, first: int, connections: Optional[Connections]) -> None:
+        super().__init__(*blocks)
+        self.first, self.depth = first, len(blocks)
+        self.register_module('connections', connections)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (module for name, module in self._modules.items() if name != 'connections')
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, idx: Any) -> Any:
+        return nn.Sequential(*self)[idx]
+
+    def __delitem__(self, idx: Any) -> None:
+        raise RuntimeError(_WHOLE)
+
+    def halves(self) -> bool:
+        """Whether the first block halves the resolution, by the strides that its convolutions and pooling have now."""
+        block = next(iter(self))
+        return any(getattr(module, 'stride', 1) in (2, (2, 2)) for module in block.modules() if module is not block)
 
     def reparameterize(self) -> None:
         """Fold norms into convolutions, for inference."""
         self.fused = any([fold_norms(block) for block in self]) or self.fused
 
-    def forward(self, x: torch.Tensor, flow: Flow) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor, flow: Optional[Flow] = None) -> torch.Tensor:  # type: ignore[override]
         """
         Args:
             x: Output of the block before the first one here, `[B, C, H, W]`.
@@ -40,8 +68,13 @@ class DResNetStage(nn.Sequential):
 
         Returns:
             Output of the last block, `[B, C', H', W']`.
+
+        Raises:
+            RuntimeError: If it is run by itself, or blocks before it or its own are not those that it was made with.
         """
         require_eval(self)
+        if flow is None or len(self) != self.depth or flow.block != self.first - 1:
+            raise RuntimeError(_WHOLE)
         for j, block in enumerate(self):
             x = flow.receive(x)  # x_i = y_{i-1} + what connections bring
             x = checkpoint(block, x) if flow.grad_checkpointing else block(x)
@@ -103,32 +136,36 @@ class DResNet(ResNet):
         source_chs: List[int] = []
         feature_info: Any = self.feature_info[1:]
         self.pruned_connections: List[Tuple[int, int]] = []
-        self.connections = nn.ModuleDict()
         for name, depth, info in zip(self.stage_names, layers, feature_info):
-            stage = DResNetStage(*getattr(self, name))
-            setattr(self, name, stage)
             first, last = len(source_chs) + 1, len(source_chs) + depth
             source_chs += depth * [info['num_chs']]
             targets = range(max(first + 1, 3), min(last + 1, sum(layers)) + 1)
-            if targets:
-                self.connections[name] = Connections(
-                    source_chs,
-                    {i: range(1, i - 1) for i in targets},
-                    info['num_chs'],
-                    gate=gate,
-                    gate_init=gate_init,
-                    rank=connection_rank,
-                    norm_layer=get_norm_layer(norm_layer),
-                    device=device,
-                    dtype=dtype,
-                )
-        fc = self.fc
-        del self.fc
-        self.fc = fc  # last, as timm's adaptive gradient clipping leaves out the last two parameters as the classifier
+            connections = Connections(
+                source_chs,
+                {i: range(1, i - 1) for i in targets},
+                info['num_chs'],
+                gate=gate,
+                gate_init=gate_init,
+                rank=connection_rank,
+                norm_layer=get_norm_layer(norm_layer),
+                device=device,
+                dtype=dtype,
+            ) if targets else None
+            setattr(self, name, DResNetStage(getattr(self, name), first, connections))
         self.prune_connections(pruned_connections)
         if inference_mode:
             reparameterize_model(self, inplace=True)
             self.eval()
+
+    def stages(self) -> Dict[str, DResNetStage]:
+        """The stages by name, without those that were replaced."""
+        stages = {name: getattr(self, name) for name in self.stage_names}
+        return {name: stage for name, stage in stages.items() if isinstance(stage, DResNetStage)}
+
+    @property
+    def connections(self) -> Dict[str, Connections]:
+        """By the name of its stage, the connections to the shape of each."""
+        return {name: stage.connections for name, stage in self.stages().items() if stage.connections is not None}
 
     def connection_pairs(self) -> List[Tuple[int, int]]:
         """Block numbers of all connections, (target, source)."""
@@ -150,14 +187,17 @@ class DResNet(ResNet):
         missing = set(pairs) - set(self.connection_pairs())
         if missing:
             raise ValueError(f'there is no connection into block {min(missing)[0]} from block {min(missing)[1]}.')
-        for name, connections in list(self.connections.items()):
-            if connections.fused:
-                raise ValueError('connections cannot be removed from a fused network: prune it before it is fused.')
-            remove_connections(connections, pairs)
-            if not connections.sources:
-                del self.connections[name]
+        if self.fused:
+            raise ValueError('connections cannot be removed from a fused network: prune it before it is fused.')
+        self._remove_connections(pairs)
         self.pruned_connections = sorted({*self.pruned_connections, *pairs})
         update_model_args(self, pruned_connections=self.pruned_connections)
+
+    def _remove_connections(self, pairs: Sequence[Tuple[int, int]]) -> None:
+        for name, connections in self.connections.items():
+            remove_connections(connections, pairs)
+            if not connections.sources:
+                getattr(self, name).connections = None
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -166,14 +206,8 @@ class DResNet(ResNet):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Create regex patterns for parameter grouping, connections with the first block of their stage."""
-        return dict(
-            stem=r'^conv1|bn1|maxpool',
-            blocks=[
-                (r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)', None),
-                (r'^connections\.layer(\d+)', None if coarse else (0,)),
-            ],
-        )
+        """Create regex patterns for parameter grouping: connections, which match none, learn as the classifier does."""
+        return dict(stem=r'^conv1|bn1|maxpool', blocks=r'^layer(\d+)\.\d' if coarse else r'^layer(\d+)\.(\d+)')
 
     def prune_intermediate_layers(
             self,
@@ -183,13 +217,8 @@ class DResNet(ResNet):
     ) -> List[int]:
         """Prune layers not required for specified intermediates, and the connections that lead to them."""
         take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        blocks = sum(len(getattr(self, name)) for name in self.stage_names)
-        for name, connections in list(self.connections.items()):
-            if name in self.stage_names:
-                later = [(i, k) for i, numbers in connections.sources.items() for k in numbers if i > blocks]
-                remove_connections(connections, later)
-            if name not in self.stage_names or not connections.sources:
-                del self.connections[name]
+        blocks = sum(len(stage) for stage in self.stages().values())
+        self._remove_connections([(i, k) for i, k in self.connection_pairs() if i > blocks])
         return take_indices
 
     def __prepare_scriptable__(self):
@@ -198,14 +227,11 @@ class DResNet(ResNet):
             'torch.export and torch.compile work.')
 
     def forward_context(self) -> Flow:
-        stages = [
-            (self.connections[name] if name in self.connections else None, getattr(self, name)[0].stride > 1)
-            for name in self.stage_names
-        ]
+        stages = [(stage.connections, stage.halves()) for stage in self.stages().values()]
         return Flow(stages, self.grad_checkpointing)
 
     def forward_stage(self, stage: nn.Module, x: torch.Tensor, context: Flow) -> torch.Tensor:
-        return stage(x, context)
+        return stage(x, context) if isinstance(stage, DResNetStage) else stage(x)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Forward pass through feature extraction layers."""
@@ -222,9 +248,9 @@ class DResNet(ResNet):
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Let the weights of a ResNet grow connections: with norm weights of 0 these add nothing, and train from there."""
-    if any(name.startswith('connections.') for name in state_dict):
+    if any('.connections.' in name for name in state_dict):
         return state_dict
-    connections = {k: v.clone() for k, v in model.state_dict().items() if k.startswith('connections.')}
+    connections = {k: v.clone() for k, v in model.state_dict().items() if '.connections.' in k}
     for name, value in connections.items():
         if '.norm.' in name and name.endswith('.weight'):
             nn.init.zeros_(value)
@@ -246,7 +272,7 @@ _PROPOSAL = 'https://github.com/Mao-chuan/An_improve_on_ResNet--Introduces_dynam
 
 default_cfgs = generate_default_cfgs({
     'dresnet18.tiny_in': _cfg(
-        file=packaged_file('dresnet18.tiny_in'), label_names=packaged_classes('tiny_imagenet'), num_classes=200,
+        file=packaged_file('dresnet18.tiny_in'), **packaged_classes('tiny_imagenet'), num_classes=200,
         input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0, interpolation='bicubic', origin_url=_PROPOSAL),
     **grown_cfgs('dresnet18', 'resnet18'),
     **grown_cfgs('dresnet18_gauss', 'resnet18'),

@@ -13,7 +13,7 @@ class SigmoidGate(nn.Module):
         self.weight = nn.Parameter(torch.full((size,), math.log(init / (1. - init)), **dd))
 
     def forward(self) -> torch.Tensor:
-        return self.weight.sigmoid()
+        return torch.special.expit(self.weight)  # as quantization by torch.fx would round the result of a sigmoid
 
 
 class GaussGate(nn.Module):

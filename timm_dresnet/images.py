@@ -1,4 +1,5 @@
 """From image files to names of classes."""
+import logging
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 
 __all__ = ['Classifier', 'convert_image', 'find_images']
 
+_logger = logging.getLogger(__name__)
 _SUFFIXES = {'.avif', '.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
 
 
@@ -25,7 +27,7 @@ def find_images(paths: Iterable[str]) -> List[str]:
     found = []
     for path in paths:
         if path == '-':
-            found += find_images(line.rstrip('\n') for line in sys.stdin if line.strip())
+            found += find_images(line.rstrip('\r\n') for line in sys.stdin if line.strip())
         elif os.path.isdir(path):
             inside = sorted(str(file) for file in Path(path).rglob('*') if file.suffix.lower() in _SUFFIXES)
             if not inside:
@@ -108,14 +110,21 @@ class Classifier:
     def read_sample(self, paths: Iterable[str], size: int) -> torch.Tensor:
         """Read up to ``size`` of the images in files and folders, evenly spread, as a batch.
 
+        One that cannot be read is logged and left out.
+
         Raises:
-            ValueError: If there are none, or one cannot be read.
+            ValueError: If there are none.
         """
-        found = find_images(paths)
-        if not found:
-            raise ValueError('There is no image to measure on.')
+        found, images = find_images(paths), []
         step = max(1, len(found) / size)
-        return torch.stack([self.read(found[int(i * step)]) for i in range(min(len(found), size))])
+        for i in range(min(len(found), size)):
+            try:
+                images.append(self.read(found[int(i * step)]))
+            except ValueError as e:
+                _logger.warning(e)
+        if not images:
+            raise ValueError('There is no image to measure on.')
+        return torch.stack(images)
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, top: int = 5) -> List[List[Dict[str, Any]]]:

@@ -30,7 +30,7 @@ _Measures = Dict[Tuple[int, Optional[int]], Dict[str, float]]
 def blocks(model: nn.Module) -> List[Tuple[str, nn.Module]]:
     """Names and modules of a ResNet's blocks, in order."""
     stages = [info['module'] for info in model.feature_info if info['module'].startswith('layer')]
-    return [(f'{name}.{i}', block) for name in stages for i, block in model.get_submodule(name).named_children()]
+    return [(f'{name}.{j}', block) for name in stages for j, block in enumerate(model.get_submodule(name))]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Pretrained weights: files in this package, and the ResNets of timm, from which networks are grown."""
 import hashlib
 import json
+import re
 from importlib.resources import files
 from typing import Any, Callable, Dict, Optional, Tuple, Type
 
@@ -11,7 +12,19 @@ from timm.models import build_model_with_cfg as timm_build_model_with_cfg
 from timm.models import get_arch_pretrained_cfgs, resolve_pretrained_cfg
 from timm.models._pretrained import PretrainedCfg
 
-__all__ = ['build_model_with_cfg', 'grown_cfgs', 'packaged_classes', 'packaged_file']
+__all__ = ['build_model_with_cfg', 'grown_cfgs', 'packaged_classes', 'packaged_file', 'refuse_other_weights']
+
+# parameters that show the arguments of a network
+_TELLING = r'\.connections\.|\.skip_weight\.|^layer1\.0\.conv1\.bias$|^layer\d\.\d+\.conv1\.weight$'
+_ARGUMENTS = (
+    (r'^layer\d\.\d+\.conv1\.weight$', 'layers or block'),
+    (r'\.conv1?\.bias$', 'inference_mode'),
+    (r'\.skip_weight\.', 'skip_weight'),
+    (r'\.log_sharpness$|\.linear_weight$', 'gate'),
+    (r'\.expansions\.', 'connection_rank'),
+    (r'\.gates\.', 'pruned_connections'),
+    (r'', 'connection_rank or norm_layer'),
+)
 
 # not a Path: the package may be in a zip archive
 _FOLDER = files('timm_dresnet') / 'weights'
@@ -26,13 +39,15 @@ def packaged_file(tag: str) -> str:
     return str(_FOLDER / f'{tag}.safetensors')
 
 
-def packaged_classes(data_set: str) -> Tuple[str, ...]:
-    """Names of a data set's classes, in their order.
+def packaged_classes(data_set: str) -> Dict[str, Any]:
+    """Names and descriptions of a data set's classes, for a pretrained config.
 
     Args:
         data_set: 'tiny_imagenet', whose 200 classes are named by their WordNet ids.
     """
-    return tuple((_FOLDER / f'{data_set}_classes.txt').read_text().split())
+    lines = (_FOLDER / f'{data_set}_classes.txt').read_text().splitlines()
+    descriptions = dict(line.split('\t') for line in lines)
+    return dict(label_names=tuple(descriptions), label_descriptions=descriptions)
 
 
 def _load_packaged(name: str) -> Dict[str, torch.Tensor]:
@@ -67,13 +82,22 @@ def build_model_with_cfg(
 ) -> nn.Module:
     """timm's `build_model_with_cfg`, which checks weights of this package before it loads them.
 
+    A network that is named without a tag and made without the weights of its default tag is configured as the ResNet of
+    its name. Names of classes go with the weights and their classifier.
+
     Raises:
-        RuntimeError: If they are missing or damaged.
+        RuntimeError: If weights of this package are missing or damaged.
     """
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
-    if pretrained and not cfg.source and not cfg.state_dict and cfg.file == packaged_file(f'{variant}.{cfg.tag}'):
-        weights = _load_packaged(f'{variant}.{cfg.tag}.safetensors')
-        pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, state_dict=weights)
+    overlay = dict(pretrained_cfg_overlay or {})
+    registered = pretrained and not any(overlay.get(key) for key in ('url', 'file', 'state_dict', 'hf_hub_id'))
+    if not registered and not pretrained_cfg:
+        pretrained_cfg = next((c for c in get_arch_pretrained_cfgs(variant).values() if not c.file), None)
+        overlay = dict(dict(file=None, hf_hub_id=None, tag=None), **overlay)
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+    if not registered or kwargs.get('num_classes', cfg.num_classes) != cfg.num_classes:
+        overlay = dict(dict(label_names=None, label_descriptions=None), **overlay)
+    if registered and not cfg.source and cfg.file == packaged_file(f'{variant}.{cfg.tag}'):
+        overlay['state_dict'] = _load_packaged(f'{variant}.{cfg.tag}.safetensors')
 
     def filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
         model.pretrained_cfg.pop('state_dict', None)  # or the model would keep its weights twice
@@ -85,9 +109,41 @@ def build_model_with_cfg(
         pretrained,
         pretrained_filter_fn=filter_fn,
         pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=pretrained_cfg_overlay,
+        pretrained_cfg_overlay=overlay,
         **kwargs,
     )
+
+
+def refuse_other_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> None:
+    """Refuse weights that mean something else in this network, although they may load.
+
+    Args:
+        model: The network.
+        state_dict: Weights of a whole network.
+
+    Raises:
+        RuntimeError: If they are those of a network without its learned connections or skip weights, or with others.
+    """
+    def find(shapes: Dict[str, Any]) -> Dict[str, Any]:
+        return {name: shape for name, shape in shapes.items() if re.search(_TELLING, name)}
+
+    there = find({name: p.shape for name, p in model.named_parameters(remove_duplicate=False)})
+    given = find({name: p.shape for name, p in state_dict.items() if not re.search(r'\.running_|\.num_batches_', name)})
+    different = [name for name in sorted({*there, *given}) if there.get(name) != given.get(name)]
+    if not different:
+        return
+    if all('conv1.weight' in name for name in given) and all('conv1' not in name for name in different):
+        raise RuntimeError(
+            'These weights have no learned connections or skip weights: they are those of a ResNet. Let it grow some by '
+            f"timm.create_model('{model.pretrained_cfg['architecture']}', pretrained=True, "
+            "pretrained_cfg_overlay=dict(file='resnet.safetensors')).")
+    argument, name = next(
+        (argument, name) for pattern, argument in _ARGUMENTS for name in different if re.search(pattern, name))
+    how = 'is missing' if name not in given else 'is not expected' if name not in there else (
+        f'has the shape {list(given[name])} and not {list(there[name])}')
+    raise RuntimeError(
+        f'These weights are those of a network made with another {argument}: {name} {how}. Make this one with the '
+        'arguments that the other was made with.')
 
 
 def grown_cfgs(variant: str, resnet: str) -> Dict[str, PretrainedCfg]:

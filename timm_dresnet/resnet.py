@@ -3,6 +3,7 @@
 Papers:
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
 """
+import inspect
 from typing import Any, Dict, List, Optional, Tuple, Type, Union
 
 import torch
@@ -12,7 +13,7 @@ from timm.layers import LayerType
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model, resnet
 from timm.models._features import feature_take_indices
 
-from .pretrained import packaged_file
+from .pretrained import packaged_file, refuse_other_weights
 
 __all__ = ['ResNet']  # the model registry adds each entry point to this
 
@@ -113,8 +114,13 @@ class ResNet(resnet.ResNet):
             **kwargs: All other arguments of timm's ResNet.
 
         Raises:
+            TypeError: If there is no such argument.
             ValueError: If an argument is not one of the choices.
         """
+        makers = [cls.__init__ for cls in type(self).__mro__ if issubclass(cls, resnet.ResNet)]
+        known = {name for maker in makers for name in inspect.signature(maker).parameters} - {'self', 'kwargs'}
+        if unknown := sorted(kwargs.keys() - known):
+            raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}, only {', '.join(sorted(known))}.")
         stems = ('', 'deep', 'deep_tiered', 'cifar')
         if stem_type not in stems:
             raise ValueError(f"stem_type must be one of {', '.join(map(repr, stems))}, got {stem_type!r}.")
@@ -171,6 +177,13 @@ class ResNet(resnet.ResNet):
     @_model_args.setter
     def _model_args(self, args: Dict[str, Any]) -> None:
         self._created_with = args
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # not in load_state_dict, which DDP and others that hold this network do not call
+        weights = {name[len(prefix):]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+        if 'conv1.weight' in weights or 'conv1.0.weight' in weights:  # else part of a network, as adapters are saved
+            refuse_other_weights(self, weights)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def train(self, mode: bool = True) -> 'ResNet':
         """Set training or eval mode. A fused model that is frozen stays in eval mode.
