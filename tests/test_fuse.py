@@ -70,7 +70,8 @@ def test_one_convolution_for_sources_at_hand():
     projections = [projection for stage in model.connections.values() for projection in stage.projections.values()]
     assert [(p.sources, p.targets) for p in projections] == [
         ((1,), (3,)), ((1, 2), (4, 5)), ((3,), (5,)), ((1, 2, 3, 4), (6, 7)), ((5,), (7,)), ((1, 2, 3, 4, 5, 6), (8,))]
-    convs = [module for stage in model.connections.values() for module in stage.modules() if not list(module.children())]
+    modules = [module for stage in model.connections.values() for module in stage.modules()]
+    convs = [module for module in modules if not list(module.children())]
     assert [conv.in_channels for conv in convs if type(conv) is nn.Conv2d] == [64, 128, 128, 384, 256, 896]
 
 

@@ -25,8 +25,8 @@ __all__ = ['DResNet']  # the model registry adds each entry point to this
 
 
 _WHOLE = (
-    'The connections of a DResNet need all blocks before them: a stage cannot be run by itself, and no block can be taken '
-    'out but the last stages, whole (model.layer4 = nn.Identity()). For features, use features_only=True, '
+    'The connections of a DResNet need all blocks before them: a stage cannot be run by itself, and no block can be '
+    'taken out but the last stages, whole (model.layer4 = nn.Identity()). For features, use features_only=True, '
     'forward_features or forward_intermediates.')
 
 

@@ -3,7 +3,7 @@ import hashlib
 import json
 import re
 from importlib.resources import files
-from typing import Any, Callable, Dict, Optional, Tuple, Type
+from typing import Any, Callable, Dict, Optional, Type
 
 import torch
 import torch.nn as nn
@@ -134,7 +134,7 @@ def refuse_other_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor]) 
         return
     if all('conv1.weight' in name for name in given) and all('conv1' not in name for name in different):
         raise RuntimeError(
-            'These weights have no learned connections or skip weights: they are those of a ResNet. Let it grow some by '
+            'These weights are those of a ResNet, without learned connections or skip weights. Let it grow some by '
             f"timm.create_model('{model.pretrained_cfg['architecture']}', pretrained=True, "
             "pretrained_cfg_overlay=dict(file='resnet.safetensors')).")
     argument, name = next(
