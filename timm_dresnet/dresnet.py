@@ -60,7 +60,7 @@ class DResNetStage(nn.Sequential):
         """Fold norms into convolutions, for inference."""
         self.fused = any([fold_norms(block) for block in self]) or self.fused
 
-    def forward(self, x: torch.Tensor, flow: Optional[Flow] = None) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor, flow: Optional[Flow] = None) -> torch.Tensor:
         """
         Args:
             x: Output of the block before the first one here, `[B, C, H, W]`.
