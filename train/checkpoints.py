@@ -28,7 +28,7 @@ _logger = logging.getLogger('train')
 _FREE = {
     'bad_images', 'checkpoint_hist', 'dataset_download', 'device', 'experiment', 'in_memory', 'log_interval',
     'log_tensorboard', 'log_wandb', 'output', 'pin_mem', 'recovery_interval', 'validation_batch_size', 'wandb_project',
-    'wandb_tags', 'worker_timeout', 'workers',
+    'worker_timeout', 'workers',
 }
 
 

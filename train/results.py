@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -37,6 +37,18 @@ def write_csv(path: Path, rows: List[Dict[str, Any]]) -> None:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with atomic_folder(path.parent) as new:
+        (new / path.name).write_text(text, encoding='utf-8')
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Format rows as a Markdown table, the first as its head."""
+    rows = [rows[0], ['---'] * len(rows[0]), *rows[1:]]
+    return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
 
 def has_connections(model: nn.Module) -> bool:
@@ -99,7 +111,6 @@ class Log:
                     project=args.wandb_project,
                     name=folder.name,
                     id=hashlib.sha256(identity.encode()).hexdigest()[:16],
-                    tags=args.wandb_tags,
                     config=vars(args),
                     dir=folder,
                     resume='allow',
