@@ -191,7 +191,6 @@ def open_dataset(args: argparse.Namespace, is_training: bool, in_chans: int) -> 
                 batch_size=args.batch_size,
                 num_samples=args.train_num_samples if is_training else args.val_num_samples,
                 seed=args.seed,
-                repeats=args.epoch_repeats if is_training else 0.,
                 input_img_mode=mode,
                 input_key=args.input_key,
                 target_key=args.target_key,

@@ -4,7 +4,6 @@ import atexit
 import multiprocessing
 import random
 import signal
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -24,29 +23,6 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 from .build import Process
 from .datasets import Images
-
-
-class WorkerError(Exception):
-    """A worker process was killed, or gives nothing."""
-
-
-def is_worker_lost(error: Exception) -> bool:
-    """Whether PyTorch says so of a worker process, in an error that it may raise at any moment."""
-    if isinstance(error, (EOFError, ConnectionRefusedError, ConnectionResetError)):  # while it handed over a batch
-        return not str(error).startswith('Caught ')  # the data set's own, raised in such a process
-    return str(error).startswith(('DataLoader worker (pid', 'DataLoader timed out'))
-
-
-@contextmanager
-def worker_errors() -> Iterator[None]:
-    """Raises a `WorkerError` where a worker process is lost."""
-    try:
-        yield
-    except (EOFError, OSError, RuntimeError) as e:
-        if not is_worker_lost(e):
-            raise
-        reason = str(e).splitlines()[0].rstrip('. ') if isinstance(e, RuntimeError) else 'DataLoader worker was killed'
-        raise WorkerError(f'{reason}. If memory ran out, use fewer --workers.') from e
 
 
 def seed_everything(*key: int) -> None:
@@ -69,7 +45,9 @@ class SeededBatchSampler(Sampler):
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose what comes next, as in `EpochLoader.set_epoch`."""
-        getattr(self.batches, 'set_epoch', self.batches.sampler.set_epoch)(epoch)
+        if isinstance(self.batches, ScheduledBatchSampler):
+            self.batches.set_epoch(epoch)
+        self.batches.sampler.set_epoch(self.key[0] + epoch)  # timm's RepeatAugSampler takes no seed
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
@@ -78,17 +56,6 @@ class SeededBatchSampler(Sampler):
     def __iter__(self) -> Iterator[Tuple[Tuple[int, ...], List[Any]]]:
         for number, indices in islice(enumerate(self.batches), self.start, None):
             yield (*self.key, self.epoch, number), indices
-
-
-class SeededRepeats(RepeatAugSampler):
-    """timm's sampler for repeated augmentation, whose order depends on the epoch alone, with an order for each seed."""
-
-    def __init__(self, seed: int, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.seed = seed
-
-    def set_epoch(self, epoch: int) -> None:
-        super().set_epoch(self.seed + epoch)
 
 
 class SeededImages(Dataset):
@@ -247,17 +214,15 @@ def create_train_loader(
 
 
 def _create_collate(args: argparse.Namespace, num_classes: int) -> Callable[[List[Any]], Any]:
-    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):
+    if not (args.mixup > 0 or args.cutmix > 0):
         return fast_collate
     if args.batch_size % 2:
         raise ValueError(f'Mixup and CutMix need an even --batch-size, got {args.batch_size}.')
     return FastCollateMixup(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
         prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
         label_smoothing=args.smoothing,
         num_classes=num_classes,
     )
@@ -276,9 +241,6 @@ def _create_transform(args: argparse.Namespace, data_config: Dict[str, Any], inp
             hflip=args.hflip,
             vflip=args.vflip,
             color_jitter=args.color_jitter,
-            color_jitter_prob=args.color_jitter_prob,
-            grayscale_prob=args.grayscale_prob,
-            gaussian_blur_prob=args.gaussian_blur_prob,
             auto_augment=args.aa,
             interpolation=interpolation or data_config['interpolation'],
             mean=data_config['mean'],
@@ -291,9 +253,9 @@ def _create_transform(args: argparse.Namespace, data_config: Dict[str, Any], inp
 
 def _create_batch_sampler(args: argparse.Namespace, dataset: Images, process: Process) -> Sampler:
     if args.aug_repeats:
-        sampler = SeededRepeats(args.seed, dataset, process.world_size, process.rank, num_repeats=args.aug_repeats)
+        sampler = RepeatAugSampler(dataset, process.world_size, process.rank, num_repeats=args.aug_repeats)
     else:
-        sampler = DistributedSampler(dataset, process.world_size, process.rank, seed=args.seed)
+        sampler = DistributedSampler(dataset, process.world_size, process.rank)
     if not args.train_img_sizes:
         return BatchSampler(sampler, args.batch_size, drop_last=True)
     return ScheduledBatchSampler(
