@@ -124,33 +124,30 @@ class Images(Dataset):
                 f'{self._name(index)} cannot be read ({reason}). Repair or remove it, or add --bad-images skip.') from e
 
     def _decode_all(self) -> None:
-        def decode(index: int) -> Optional[Tuple[np.ndarray, Any]]:
+        def decode(index: int) -> Tuple[np.ndarray, Any]:
             try:
                 image, target = self._read(index)
             except BadImageError:
                 if not self.skip_bad:
                     raise
-                return None
+                image, target = Image.new(self.mode, (0, 0)), None
             return np.asarray(image), target
 
         with ThreadPoolExecutor() as pool:
-            items = list(tqdm(
-                pool.map(decode, range(len(self))), 'decode', len(self), unit='image', leave=False, disable=None))
-        pixels = [np.empty(0, np.uint8) if item is None else item[0] for item in items]
+            decoded = pool.map(decode, range(len(self)))
+            pixels, self.targets = zip(*tqdm(decoded, 'decode', len(self), unit='image', leave=False, disable=None))
         self.shapes = [array.shape for array in pixels]
-        self.targets = [None if item is None else item[1] for item in items]
         self.starts = np.cumsum([0, *(array.size for array in pixels)])
         # one tensor in shared memory: worker processes neither copy it nor decode again
         self.decoded = torch.empty(int(self.starts[-1]), dtype=torch.uint8).share_memory_()
-        for start, array in zip(self.starts, pixels):
-            self.decoded[start:start + array.size] = torch.from_numpy(array.reshape(-1).copy())
+        np.concatenate([array.reshape(-1) for array in pixels], out=self.decoded.numpy())
 
     def _get(self, index: int) -> Tuple[Image.Image, Any]:
         if self.decoded is None:
             return self._read(index)
         if self.bad[index]:
             raise BadImageError(f'{self._name(index)} cannot be read.')
-        pixels = self.decoded[self.starts[index]:self.starts[index + 1]].numpy()
+        pixels = self.decoded.numpy()[self.starts[index]:self.starts[index + 1]]
         return Image.fromarray(pixels.reshape(self.shapes[index])), self.targets[index]
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:

@@ -2,7 +2,6 @@
 import argparse
 import copy
 import csv
-import hashlib
 import shutil
 import time
 from pathlib import Path
@@ -105,12 +104,10 @@ class Log:
                 self.tensorboard = SummaryWriter(folder, purge_step=first_epoch)
             if args.log_wandb:
                 import wandb
-                # the same when the run resumes
-                identity = f'{folder.resolve()} {(folder / "args.yaml").stat().st_mtime_ns}'
                 self.wandb = wandb.init(
                     project=args.wandb_project,
                     name=folder.name,
-                    id=hashlib.sha256(identity.encode()).hexdigest()[:16],
+                    id=f'{folder.name}-{(folder / "args.yaml").stat().st_mtime_ns}',  # the same when the run resumes
                     config=vars(args),
                     dir=folder,
                     resume='allow',
@@ -174,7 +171,7 @@ def save_results(
         data_config: Input size and preprocessing that the model was trained with.
         label_names: Names of the classes.
     """
-    for left_over in (*folder.glob('.new-*'), *folder.glob('.link-*')):  # of a run that was killed
+    for left_over in folder.glob('.new-*'):  # of a run that was killed
         shutil.rmtree(left_over)
     _draw(folder)
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)  # as safetensors wants it
