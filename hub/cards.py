@@ -52,29 +52,15 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path, dataset_id: Optional[str] = None, note: str = '') -> 'Run':
-        """Read the files of a run.
-
-        Raises:
-            ValueError: If one of them is damaged.
-        """
+        """Read the files of a run."""
         run = cls(dataset_id=dataset_id, note=note)
-        try:
-            if (folder / 'args.yaml').exists():
-                run.args = _without_paths(yaml.safe_load((folder / 'args.yaml').read_text()))
-            for name, rows in (('summary.csv', run.epochs), ('validation.csv', run.validation)):
-                if (folder / name).exists():
-                    with (folder / name).open(newline='') as f:
-                        rows += csv.DictReader(f)
-        except (yaml.YAMLError, AttributeError, UnicodeDecodeError, csv.Error) as e:
-            raise ValueError(f'{folder} holds a damaged file of its run: {" ".join(str(e).split())}') from e
-        if missing := run.args and {'model', 'epochs', 'seed', 'opt', 'batch_size'} - set(run.args):
-            raise ValueError(f'{folder}/args.yaml does not say {", ".join(sorted(missing))}: it is not that of a run.')
-        measured = run.validation
-        run.validation = [row for row in measured if Path(row.get('model') or '').name == folder.resolve().name]
-        if measured and not run.validation:
-            raise ValueError(
-                f'{folder}/validation.csv has no row for {folder.name}: measure {folder} again with python -m '
-                'train.validate --csv, or remove the file.')
+        if (folder / 'args.yaml').exists():
+            run.args = _without_paths(yaml.safe_load((folder / 'args.yaml').read_text()))
+        for name, rows in (('summary.csv', run.epochs), ('validation.csv', run.validation)):
+            if (folder / name).exists():
+                with (folder / name).open(newline='') as f:
+                    rows += csv.DictReader(f)
+        run.validation = [row for row in run.validation if Path(row['model']).name == folder.resolve().name]
         source, _, name = str(run.args.get('dataset') or '').partition('/')
         if source in ('hfds', 'hfids'):
             run.dataset_id = run.dataset_id or name

@@ -30,11 +30,7 @@ class Process:
 
 
 def set_up_process(args: argparse.Namespace) -> Process:
-    """Join the other processes, and set the device for speed, or for repeatable numbers.
-
-    Raises:
-        ValueError: If there is no such device.
-    """
+    """Join the other processes, and set the device for speed, or for repeatable numbers."""
     name = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         found = init_distributed_device_so(name)
@@ -59,11 +55,7 @@ def check_model_name(name: str) -> None:
 
 
 def create_model(args: argparse.Namespace) -> torch.nn.Module:
-    """The model that a run trains.
-
-    Raises:
-        ValueError: If there is no such model, it does not take the arguments, or weights do not fit it.
-    """
+    """The model that a run trains."""
     check_model_name(args.model)
     overlay = {}
     if args.pretrained_path:
@@ -119,11 +111,7 @@ class Task(ClassificationTask):
 
 
 def create_task(args: argparse.Namespace, model: torch.nn.Module, process: Process) -> Task:
-    """The model with its loss and its moving average, compiled if asked for.
-
-    Raises:
-        ValueError: If the model cannot be trained.
-    """
+    """The model with its loss and its moving average, compiled if asked for."""
     if getattr(model, 'fused', False):
         raise ValueError(f'{args.model} is fused for inference: train the model that it was made from.')
     if args.sync_bn:
@@ -148,11 +136,7 @@ def create_task(args: argparse.Namespace, model: torch.nn.Module, process: Proce
 
 
 def create_optimizer(args: argparse.Namespace, model: torch.nn.Module, world_size: int) -> torch.optim.Optimizer:
-    """The optimizer of `--opt`, with the rate `--lr`, or `--lr-base` scaled to the images in an update as timm does.
-
-    Raises:
-        ValueError: If there is none of this name, or it does not take the arguments.
-    """
+    """The optimizer of `--opt`, with the rate `--lr`, or `--lr-base` scaled to the images in an update as timm does."""
     kwargs = optimizer_kwargs(args)
     if args.lr is None:
         ratio = args.batch_size * world_size * args.grad_accum_steps / args.lr_base_size

@@ -141,11 +141,7 @@ def restore(
         optimizer: torch.optim.Optimizer,
         loss_scaler: Optional[NativeScaler] = None,
 ) -> None:
-    """Load model, moving average, optimizer, loss scaler and progress.
-
-    Raises:
-        ValueError: If the checkpoint does not fit.
-    """
+    """Load model, moving average, optimizer, loss scaler and progress."""
     if not path.is_file():
         raise ValueError(f'{path} is not on this machine: --output must be a folder that all machines share.')
     try:

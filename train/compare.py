@@ -43,9 +43,6 @@ def load_config(name: str, smoke: bool = False) -> Dict[str, Any]:
         name: Name of one in `train/comparisons/`, or path of a YAML file: ``recipe`` (likewise), ``seeds``,
             ``arguments`` over the recipe, ``models`` (name: arguments over those), and ``smoke`` (likewise).
         smoke: With the arguments that make it small, one seed only.
-
-    Raises:
-        ValueError: If it is not a comparison.
     """
     path = Path(name) if name.endswith('.yaml') else _HERE / 'comparisons' / f'{name}.yaml'
     try:
@@ -64,11 +61,7 @@ def load_config(name: str, smoke: bool = False) -> Dict[str, Any]:
 
 
 def run(command: List[str]) -> None:
-    """Run a training to its end; a signal that asks this process to end is handed on.
-
-    Raises:
-        SystemExit: If it fails or was asked to end.
-    """
+    """Run a training to its end; a signal that asks this process to end is handed on."""
     process = subprocess.Popen(command)
     numbers = signal.SIGTERM, signal.SIGINT
     handlers = [signal.signal(number, lambda number, _: process.send_signal(number)) for number in numbers]

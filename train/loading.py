@@ -4,9 +4,8 @@ import atexit
 import multiprocessing
 import random
 import signal
-from functools import partial
 from itertools import islice
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import numpy as np
 import torch
@@ -111,12 +110,10 @@ class EpochLoader(DataLoader):
             yield batch
 
 
-def _start_worker(init: Optional[Callable[[int], None]], number: int) -> None:
+def _start_worker(number: int) -> None:
     # a signal to the whole process group is for the main process, which needs its workers to finish the batch
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if init is not None:
-        init(number)
 
 
 def _kill_workers() -> None:
@@ -129,7 +126,7 @@ def _kill_workers() -> None:
 
 def _guard_workers(loader: DataLoader, args: argparse.Namespace) -> None:
     if args.workers:
-        loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+        loader.worker_init_fn = _start_worker
         loader.timeout = args.worker_timeout
         atexit.register(_kill_workers)
 
@@ -169,9 +166,6 @@ def create_train_loader(
     """Loader of the training split, whose `loader` is the `EpochLoader` that epochs are set on.
 
     It is put together from timm's parts, since `create_loader` takes no order of batches.
-
-    Raises:
-        ValueError: If the arguments do not fit the data set or each other.
     """
     collate_fn = _create_collate(args, num_classes)
     loader_kwargs = dict(collate_fn=collate_fn, num_workers=args.workers, pin_memory=args.pin_mem)

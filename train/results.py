@@ -2,8 +2,10 @@
 import argparse
 import copy
 import csv
+import logging
 import shutil
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -15,6 +17,8 @@ from timm.models import save_for_hf
 
 import timm_dresnet
 from timm_dresnet.folders import atomic_folder
+
+_logger = logging.getLogger('train')
 
 
 def write_epoch(path: Path, epoch: int, rows: List[Dict[str, Any]]) -> None:
@@ -87,14 +91,18 @@ def plot_curves(summary: Path, path: Path) -> None:
 class Log:
     """Records each epoch: `summary.csv`, `connections.csv`, `curves.png`, and TensorBoard or W&B if asked for."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, first_epoch: int) -> None:
+    def __init__(self, args: argparse.Namespace, folder: Path, first_epoch: int, num_epochs: int) -> None:
         """
         Args:
             first_epoch: Number of epochs that the folder has recorded.
+            num_epochs: Number of epochs of the run.
 
         Raises:
             ValueError: If a package that is asked for is missing.
         """
+        self.first_epoch = first_epoch
+        self.num_epochs = num_epochs
+        self.begin = time.time()
         self.folder = folder
         self.tensorboard = self.wandb = None
         self.drawn = 0.
@@ -127,8 +135,23 @@ class Log:
             eval_metrics: Dict[str, float],
             lr: float,
             model: nn.Module,
+            bad: int,
     ) -> None:
-        """Record an epoch, by its number from 0; without validation, `eval_metrics` is empty."""
+        """Record an epoch, by its number from 0.
+
+        Args:
+            eval_metrics: Empty if the model was not validated.
+            bad: Number of images that could not be read.
+        """
+        left = (time.time() - self.begin) / (epoch + 1 - self.first_epoch) * (self.num_epochs - epoch - 1)
+        words = [f'epoch {epoch + 1:>3}/{self.num_epochs}', f'loss {train_metrics["loss"]:.4f}']
+        if eval_metrics:
+            words += [f'validation loss {eval_metrics["loss"]:.4f}', f'top-1 {eval_metrics["top1"]:.2f} %']
+        if train_metrics['images_per_second']:
+            words.append(f'{train_metrics["images_per_second"]:.0f} images/s')
+        if bad:
+            words.append(f'{bad} bad images skipped')
+        _logger.info('  '.join([*words, f'{timedelta(seconds=round(left))} left']))
         row = {
             **{f'train_{key}': value for key, value in train_metrics.items()},
             **{f'eval_{key}': value for key, value in eval_metrics.items()},

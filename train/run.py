@@ -1,10 +1,8 @@
 """A run: find its folder and, unless it is finished, build what training needs, resume, train and write the results."""
 import argparse
 import logging
-import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
@@ -117,13 +115,7 @@ def _named_checkpoint(folder: Path, process: Process) -> Iterator[None]:
 
 
 def build(args: argparse.Namespace, process: Process) -> Run:
-    """Build data, model and optimizer.
-
-    Raises:
-        ValueError: If arguments do not fit each other, the model or the data.
-        OSError: If a file cannot be read.
-        BadImageError: If an image cannot be read.
-    """
+    """Build data, model and optimizer."""
     random_seed(args.seed)
     model = create_model(args).to(process.device)
     data_config = resolve_input_data_config(model, vars(args))
@@ -171,14 +163,7 @@ def _check_data(args: argparse.Namespace, num_classes: int, train_set: Dataset, 
 
 
 def train(run: Run, folder: Path) -> None:
-    """Train to the end, from the newest checkpoint on if there is one, and write the results.
-
-    Raises:
-        Stopped: If a signal has asked for it; what was reached is saved.
-        FloatingPointError: If loss or weights are no longer finite.
-        BadImageError: If an image cannot be read.
-        OSError: If a file cannot be written.
-    """
+    """Train to the end, from the newest checkpoint on if there is one, and write the results."""
     args, process, progress = run.args, run.process, run.task.progress
     checkpoint = _from_primary(process, lambda: newest(folder))
     if checkpoint is not None:
@@ -189,18 +174,15 @@ def train(run: Run, folder: Path) -> None:
         if process.primary:
             saver, log = _open_log(run, folder, checkpoint)
             run.save = lambda: saver.save_recovery(progress['epoch'], progress['batch'])
-        start, first_epoch = time.time(), progress['epoch']
-        for epoch in range(first_epoch, run.num_epochs):
+        for epoch in range(progress['epoch'], run.num_epochs):
             train_metrics, eval_metrics = _train_and_validate(run)
             bad = count_bad_images([run.train_set, run.eval_set], process) if args.bad_images == 'skip' else 0
             rates = [group['lr'] for group in run.optimizer.param_groups]
             run.lr_scheduler.step(epoch + 1)
             progress.update(epoch=epoch + 1, batch=0, totals=[0., 0., 0.])
             if process.primary:
-                log.epoch(epoch, train_metrics, eval_metrics, sum(rates) / len(rates), run.model)
+                log.epoch(epoch, train_metrics, eval_metrics, sum(rates) / len(rates), run.model, bad)
                 saver.save_checkpoint(epoch, metric=eval_metrics.get(args.eval_metric))
-                left = (time.time() - start) / (epoch + 1 - first_epoch) * (run.num_epochs - epoch - 1)
-                _report(f'{epoch + 1:>3}/{run.num_epochs}', train_metrics, eval_metrics, bad, left)
     if process.primary:
         save_results(run.model, folder, run.data_config, class_names(run.eval_set))
     if process.distributed:
@@ -208,11 +190,7 @@ def train(run: Run, folder: Path) -> None:
 
 
 def resume(run: Run, checkpoint: Path) -> None:
-    """Set everything to where a checkpoint was written.
-
-    Raises:
-        ValueError: If the checkpoint does not fit.
-    """
+    """Set everything to where a checkpoint was written."""
     progress, accum_steps = run.task.progress, run.args.grad_accum_steps
     images = progress['images']
     restore(checkpoint, run.task, run.optimizer, run.loss_scaler)
@@ -238,7 +216,7 @@ def _open_log(run: Run, folder: Path, checkpoint: Optional[Path]) -> Tuple[Check
         max_history=args.checkpoint_hist,
         task=run.task,
     )
-    log = Log(args, folder, progress['epoch'])
+    log = Log(args, folder, progress['epoch'], run.num_epochs)
     if checkpoint is None:
         log.start(run.model)
         parameters = sum(p.numel() for p in run.model.parameters())
@@ -269,20 +247,3 @@ def _train_and_validate(run: Run) -> Tuple[Dict[str, Optional[float]], Dict[str,
     except Stopped:
         run.save()
         raise
-
-
-def _report(
-        epoch: str,
-        train_metrics: Dict[str, Optional[float]],
-        eval_metrics: Dict[str, float],
-        bad: int,
-        left: float,
-) -> None:
-    words = [f'epoch {epoch}', f'loss {train_metrics["loss"]:.4f}']
-    if eval_metrics:
-        words += [f'validation loss {eval_metrics["loss"]:.4f}', f'top-1 {eval_metrics["top1"]:.2f} %']
-    if train_metrics['images_per_second']:
-        words.append(f'{train_metrics["images_per_second"]:.0f} images/s')
-    if bad:
-        words.append(f'{bad} bad images skipped')
-    _logger.info('  '.join([*words, f'{timedelta(seconds=round(left))} left']))
