@@ -1,9 +1,10 @@
 """Model cards, written from the files that a run leaves in its folder."""
 import csv
 import shlex
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 import timm
 import torch.nn as nn
@@ -120,6 +121,15 @@ class Run:
         return self.base_model or (f'{cfg.architecture}.{cfg.tag}' if cfg else self.args['model'])
 
 
+def copy_record(run: Run, source: Path, folder: Path, names: Iterable[str]) -> None:
+    """Copy files of a run, its arguments without absolute paths."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if run.args:
+        (folder / 'args.yaml').write_text(yaml.safe_dump(run.args))
+
+
 def _without_paths(args: Dict[str, Any]) -> Dict[str, Any]:
     """Shorten absolute paths to their last part: the folders of a machine are nobody else's business."""
     args = dict(args.items())
@@ -148,11 +158,8 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
     """Write the card of a model from `model_card.md.j2`.
 
     Args:
-        model: The model.
-        run: How it was trained.
         name: The name with which `timm.create_model` loads it.
         files: Names of the files that are published with the card.
-        license: License of the weights.
     """
     described = ('num_classes', 'pruned_connections')  # elsewhere in the card
     model_args = {key: value for key, value in model.pretrained_model_args.items() if key not in described}

@@ -2,7 +2,6 @@
 import argparse
 import json
 import re
-import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -15,12 +14,11 @@ import torch.nn as nn
 import yaml
 from httpx2 import HTTPError
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf
 
 from timm_dresnet.folders import load_folder
 
-from .cards import PICTURES, TABLES, ZOO, Run, model_card
+from .cards import PICTURES, TABLES, ZOO, Run, copy_record, model_card
 
 _PUBLISHED = ('README.md', 'config.json', 'model.safetensors', *TABLES, *PICTURES)
 
@@ -45,8 +43,7 @@ class Upload:
     note: str = ''
 
     def __post_init__(self) -> None:
-        validate_repo_id(self.repo_id)  # raises a ValueError
-        if self.repo_id.count('/') != 1:
+        if not re.fullmatch(r'[\w.-]+/[\w.-]+', self.repo_id):
             raise ValueError(f'{self.repo_id!r} is not a repository: give it as USER/NAME.')
 
 
@@ -57,21 +54,13 @@ def read_zoo(path: Path, namespace: str) -> List[Upload]:
 
 
 def build(upload: Upload, folder: Path) -> nn.Module:
-    """Write the files of the repository into an empty folder.
-
-    Returns:
-        The model, in eval mode.
+    """Write the files of the repository into an empty folder, and return the model, in eval mode.
 
     Raises:
-        OSError: If a file cannot be read.
         ValueError: If the folder of the run holds no model, or a damaged file.
     """
-    for name in _PUBLISHED:
-        if (upload.folder / name).is_file():
-            shutil.copyfile(upload.folder / name, folder / name)
     run = Run.read(upload.folder, upload.dataset_id, upload.note)
-    if run.args:
-        (folder / 'args.yaml').write_text(yaml.safe_dump(run.args))
+    copy_record(run, upload.folder, folder, _PUBLISHED)
     if upload.model:
         save_for_hf(timm.create_model(upload.model, pretrained=True), folder, safe_serialization=True)
     model = load_folder(folder if upload.model else upload.folder)
@@ -117,15 +106,13 @@ def push(
     """Push a folder that `build` has written, load the model back, and compare logits.
 
     Args:
-        upload: Where it goes.
-        folder: The folder.
-        model: The model in it.
         private: Make a new repository private.
         revision: Branch. Main if None.
         create_pr: Open a pull request.
 
     Raises:
-        OSError: If the Hub refuses, or cannot be reached.
+        HTTPError: If the Hub cannot be reached.
+        OSError: If the Hub refuses, or the model cannot be loaded back.
         ValueError: If there is no token, or what comes back is not what was pushed.
     """
     token = get_token()
@@ -210,7 +197,7 @@ def main(argv: Optional[List[str]] = None) -> None:
                     print('Nothing was pushed.')
                 else:
                     push(upload, Path(name), model, args.private, args.revision, args.create_pr)
-    except (HTTPError, OSError, RuntimeError, ValueError) as e:
+    except (HTTPError, OSError, RuntimeError, ValueError, yaml.YAMLError) as e:
         reason = f'{e} {e.__cause__ or ""}' if isinstance(e, RuntimeError) else str(e)  # the cause, of an upload
         sys.exit(f'python -m hub.push: error: {" ".join(reason.split())}')
 
