@@ -40,10 +40,7 @@ def _binding(recipe: Dict[str, Any]) -> Dict[str, Any]:
 def find_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
     """Find the run of this name with the same arguments, finished or not, or the first folder that is free for it.
 
-    Args:
-        output: Folder of the folders of runs.
-        name: Name of the run; where it is taken by another run, `-1`, `-2`, ... is added.
-        recipe: All arguments of the run.
+    Where the name is taken by a run with other arguments, `-1`, `-2`, ... is added.
     """
     wanted = _binding(yaml.safe_load(yaml.safe_dump(recipe)))
     for number in itertools.count():

@@ -38,13 +38,6 @@ class Digits(Dataset):
     classes = [str(digit) for digit in range(10)]
 
     def __init__(self, split: str) -> None:
-        """
-        Args:
-            split: 'train' (1,437 images) or 'validation' (360).
-
-        Raises:
-            ValueError: If there is no such split.
-        """
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
         splits = ('train', 'validation')
@@ -69,6 +62,7 @@ class Images(Dataset):
     `UNREADABLE`, which is not measured.
 
     Attributes:
+        mode: Mode of the images, as in PIL.
         transform: What is done to each image.
         bad: Which images could not be read so far, in memory that is shared with the worker processes.
     """
@@ -81,12 +75,6 @@ class Images(Dataset):
             skip_bad: bool = False,
             in_memory: bool = False,
     ) -> None:
-        """
-        Args:
-            dataset: One of timm's, of torchvision's, or the digits.
-            mode: Mode of the images, as in PIL.
-            in_memory: Decode all images now and keep them, in shared memory.
-        """
         self.dataset = dataset
         self.mode = mode
         self.is_training = is_training
@@ -165,11 +153,7 @@ class Images(Dataset):
 
 
 def open_dataset(args: argparse.Namespace, is_training: bool, in_chans: int) -> Dataset:
-    """The data set of `--train-split` or `--val-split`: `Images`, or a stream of timm's.
-
-    Raises:
-        ValueError: If there is none, or it has no images.
-    """
+    """The data set of `--train-split` or `--val-split`: `Images`, or a stream of timm's."""
     split = args.train_split if is_training else args.val_split
     mode = args.input_img_mode or ('RGB' if in_chans == 3 else 'L')
     if not args.dataset:

@@ -88,12 +88,7 @@ class EpochLoader(DataLoader):
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose what comes next.
-
-        Args:
-            epoch: Epoch to go through next.
-            start: Number of batches that are skipped at its beginning.
-        """
+        """Choose the epoch to go through next, and how many batches are skipped at its beginning."""
         self.epoch, self.start = epoch, start
         if isinstance(self.batch_sampler, SeededBatchSampler):
             self.batch_sampler.set_epoch(epoch, start)

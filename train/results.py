@@ -92,14 +92,6 @@ class Log:
     """Records each epoch: `summary.csv`, `connections.csv`, `curves.png`, and TensorBoard or W&B if asked for."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, first_epoch: int, num_epochs: int) -> None:
-        """
-        Args:
-            first_epoch: Number of epochs that the folder has recorded.
-            num_epochs: Number of epochs of the run.
-
-        Raises:
-            ValueError: If a package that is asked for is missing.
-        """
         self.first_epoch = first_epoch
         self.num_epochs = num_epochs
         self.begin = time.time()
@@ -137,11 +129,9 @@ class Log:
             model: nn.Module,
             bad: int,
     ) -> None:
-        """Record an epoch, by its number from 0.
+        """Record an epoch, by its number from 0, and how many images could not be read so far.
 
-        Args:
-            eval_metrics: Empty if the model was not validated.
-            bad: Number of images that could not be read.
+        `eval_metrics` is empty if the model was not validated.
         """
         left = (time.time() - self.begin) / (epoch + 1 - self.first_epoch) * (self.num_epochs - epoch - 1)
         words = [f'epoch {epoch + 1:>3}/{self.num_epochs}', f'loss {train_metrics["loss"]:.4f}']
@@ -189,10 +179,8 @@ def save_results(
     """Write pictures, `config.json`, and last `model.safetensors`, which marks the run as finished.
 
     Args:
-        model: The trained model.
         folder: Where to write; holds the run's `summary.csv`, and `connections.csv` if it has any.
         data_config: Input size and preprocessing that the model was trained with.
-        label_names: Names of the classes.
     """
     for left_over in folder.glob('.new-*'):  # of a run that was killed
         shutil.rmtree(left_over)

@@ -28,18 +28,7 @@ _WITHOUT_WEIGHTS = dict(pretrained=False, pretrained_path=None, initial_checkpoi
 
 
 def load_model(name: str) -> Tuple[torch.nn.Module, Dict[str, Any]]:
-    """Load a model by what it is called.
-
-    Args:
-        name: A pretrained model of timm's, a folder that a run has left, a checkpoint of a run, or a repository on the
-            Hub as `hf-hub:owner/name`.
-
-    Returns:
-        The model, and its input size and preprocessing.
-
-    Raises:
-        ValueError: If there is no such model, it cannot be read, or weights do not fit it.
-    """
+    """Load a model and its preprocessing: a folder, a checkpoint of a run, `hf-hub:owner/name`, or one of timm's."""
     path = Path(name)
     try:
         if path.is_dir():
