@@ -189,9 +189,10 @@ def test_names_of_other_weights_are_not_kept(digits_folder, tmp_path):
 
 
 @pytest.mark.parametrize('error,sentence', [
-    (EOFError(), 'EOFError (if memory ran out, use fewer --workers).'),  # of a worker killed in the hand-over
+    (EOFError(), 'DataLoader worker was killed. If memory ran out, use fewer --workers.'),  # in the hand-over
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '),
-     'DataLoader worker (pid 7) is killed by signal: Killed (if memory ran out, use fewer --workers).'),
+     'DataLoader worker (pid 7) is killed by signal: Killed. If memory ran out, use fewer --workers.'),
+    (MemoryError(), 'MemoryError. If memory ran out, use fewer --workers.'),
     (PermissionError(13, 'Permission denied', 'x/summary.csv'), "[Errno 13] Permission denied: 'x/summary.csv'."),
     (ConnectionError('the Hub is silent'), 'the Hub is silent.'),
 ], ids=repr)

@@ -107,8 +107,10 @@ def _named_checkpoint(folder: Path, process: Process) -> Iterator[None]:
         reason = ' '.join(str(e).split()).rstrip('.') or type(e).__name__
         if reason.startswith('Caught ') or isinstance(e, RuntimeError) and not reason.startswith('DataLoader '):
             raise  # a defect, which keeps its traceback
-        if isinstance(e, (EOFError, MemoryError, RuntimeError)):  # as when a worker process is killed
-            reason += ' (if memory ran out, use fewer --workers)'
+        if isinstance(e, (ConnectionRefusedError, ConnectionResetError, EOFError)):  # while it handed over a batch
+            reason = 'DataLoader worker was killed'
+        if reason.startswith('DataLoader ') or isinstance(e, MemoryError):
+            reason += '. If memory ran out, use fewer --workers'
         path = newest(folder)
         resumes = f'The last good checkpoint is {path}' if path else 'There is no checkpoint yet'
         raise RunError(f'{reason}. {resumes}; the same command resumes the run.') from e
