@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
-import yaml
 from safetensors.torch import save
 
 from timm_dresnet.folders import atomic_folder, load_folder
 
-from .cards import PICTURES, TABLES, ZOO, Run
+from .cards import PICTURES, TABLES, ZOO, Run, copy_record
 
 WEIGHTS = Path(__file__).parents[1] / 'timm_dresnet/weights'
 
@@ -21,12 +20,7 @@ WEIGHTS = Path(__file__).parents[1] / 'timm_dresnet/weights'
 def bundle(folder: Path, tag: str) -> Run:
     """Write weights into the package and their size and hash into its manifest, and copy the run's files to `hub/zoo`.
 
-    Args:
-        folder: The folder of the run.
-        tag: Model name and tag, such as 'test_dresnet.c10'.
-
     Raises:
-        OSError: If a file cannot be read or written.
         ValueError: If the folder holds no such model, or a damaged file, or weights that overflow in half precision.
     """
     model = load_folder(folder)
@@ -49,13 +43,10 @@ def bundle(folder: Path, tag: str) -> Run:
         (new / manifest.name).write_text(json.dumps(entries, indent=2, sort_keys=True) + '\n')
 
     record = ZOO / tag
-    record.mkdir(parents=True, exist_ok=True)
-    for name in (*TABLES, *PICTURES):
-        (record / name).unlink(missing_ok=True)
-        if name != 'validation.csv' and (folder / name).exists():  # which is of the weights in full precision
-            shutil.copyfile(folder / name, record / name)
-    if run.args:
-        (record / 'args.yaml').write_text(yaml.safe_dump(run.args))
+    shutil.rmtree(record, ignore_errors=True)
+    record.mkdir(parents=True)
+    # validation.csv is of the weights in full precision
+    copy_record(run, folder, record, [name for name in (*TABLES, *PICTURES) if name != 'validation.csv'])
     return run
 
 

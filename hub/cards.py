@@ -1,9 +1,10 @@
 """Model cards, written from the files that a run leaves in its folder."""
 import csv
 import shlex
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 import timm
 import torch.nn as nn
@@ -52,29 +53,15 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path, dataset_id: Optional[str] = None, note: str = '') -> 'Run':
-        """Read the files of a run.
-
-        Raises:
-            ValueError: If one of them is damaged.
-        """
+        """Read the files of a run."""
         run = cls(dataset_id=dataset_id, note=note)
-        try:
-            if (folder / 'args.yaml').exists():
-                run.args = _without_paths(yaml.safe_load((folder / 'args.yaml').read_text()))
-            for name, rows in (('summary.csv', run.epochs), ('validation.csv', run.validation)):
-                if (folder / name).exists():
-                    with (folder / name).open(newline='') as f:
-                        rows += csv.DictReader(f)
-        except (yaml.YAMLError, AttributeError, UnicodeDecodeError, csv.Error) as e:
-            raise ValueError(f'{folder} holds a damaged file of its run: {" ".join(str(e).split())}') from e
-        if missing := run.args and {'model', 'epochs', 'seed', 'opt', 'batch_size'} - set(run.args):
-            raise ValueError(f'{folder}/args.yaml does not say {", ".join(sorted(missing))}: it is not that of a run.')
-        measured = run.validation
-        run.validation = [row for row in measured if Path(row.get('model') or '').name == folder.resolve().name]
-        if measured and not run.validation:
-            raise ValueError(
-                f'{folder}/validation.csv has no row for {folder.name}: measure {folder} again with python -m '
-                'train.validate --csv, or remove the file.')
+        if (folder / 'args.yaml').exists():
+            run.args = _without_paths(yaml.safe_load((folder / 'args.yaml').read_text()))
+        for name, rows in (('summary.csv', run.epochs), ('validation.csv', run.validation)):
+            if (folder / name).exists():
+                with (folder / name).open(newline='') as f:
+                    rows += csv.DictReader(f)
+        run.validation = [row for row in run.validation if Path(row['model']).name == folder.resolve().name]
         source, _, name = str(run.args.get('dataset') or '').partition('/')
         if source in ('hfds', 'hfids'):
             run.dataset_id = run.dataset_id or name
@@ -134,6 +121,15 @@ class Run:
         return self.base_model or (f'{cfg.architecture}.{cfg.tag}' if cfg else self.args['model'])
 
 
+def copy_record(run: Run, source: Path, folder: Path, names: Iterable[str]) -> None:
+    """Copy files of a run, its arguments without absolute paths."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if run.args:
+        (folder / 'args.yaml').write_text(yaml.safe_dump(run.args))
+
+
 def _without_paths(args: Dict[str, Any]) -> Dict[str, Any]:
     """Shorten absolute paths to their last part: the folders of a machine are nobody else's business."""
     args = dict(args.items())
@@ -162,11 +158,8 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
     """Write the card of a model from `model_card.md.j2`.
 
     Args:
-        model: The model.
-        run: How it was trained.
         name: The name with which `timm.create_model` loads it.
         files: Names of the files that are published with the card.
-        license: License of the weights.
     """
     described = ('num_classes', 'pruned_connections')  # elsewhere in the card
     model_args = {key: value for key, value in model.pretrained_model_args.items() if key not in described}

@@ -2,26 +2,23 @@
 import argparse
 import json
 import re
-import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional
 
-import httpx2
 import timm
 import torch
 import torch.nn as nn
 import yaml
+from httpx2 import HTTPError
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf
 
 from timm_dresnet.folders import load_folder
 
-from .cards import PICTURES, TABLES, ZOO, Run, model_card
+from .cards import PICTURES, TABLES, ZOO, Run, copy_record, model_card
 
 _PUBLISHED = ('README.md', 'config.json', 'model.safetensors', *TABLES, *PICTURES)
 
@@ -46,53 +43,30 @@ class Upload:
     note: str = ''
 
     def __post_init__(self) -> None:
-        validate_repo_id(self.repo_id)  # raises a ValueError
-        if self.repo_id.count('/') != 1:
+        if not re.fullmatch(r'[\w.-]+/[\w.-]+', self.repo_id):
             raise ValueError(f'{self.repo_id!r} is not a repository: give it as USER/NAME.')
 
 
 def read_zoo(path: Path, namespace: str) -> List[Upload]:
-    """Read a YAML file that lists packaged models by name and tag, each with `dataset_id` and `note`.
-
-    Raises:
-        ValueError: If it is not such a file.
-    """
-    try:
-        zoo = yaml.safe_load(path.read_text())
-        return [Upload(ZOO / tag, f'{namespace}/{tag}', model=tag, **(facts or {})) for tag, facts in zoo.items()]
-    except (yaml.YAMLError, AttributeError, TypeError) as e:
-        raise ValueError(f'{path} must list models, each with its dataset_id and note: {e}') from e
+    """Read a YAML file that lists packaged models by name and tag, each with `dataset_id` and `note`."""
+    zoo = yaml.safe_load(path.read_text())
+    return [Upload(ZOO / tag, f'{namespace}/{tag}', model=tag, **facts) for tag, facts in zoo.items()]
 
 
 def build(upload: Upload, folder: Path) -> nn.Module:
-    """Write the files of the repository into an empty folder.
-
-    Returns:
-        The model, in eval mode.
+    """Write the files of the repository into an empty folder, and return the model, in eval mode.
 
     Raises:
-        OSError: If a file cannot be read.
         ValueError: If the folder of the run holds no model, or a damaged file.
     """
-    if not upload.folder.is_dir():
-        raise ValueError(f'there is no folder {upload.folder}.')
-    for name in _PUBLISHED:
-        if (upload.folder / name).is_file():
-            shutil.copyfile(upload.folder / name, folder / name)
     run = Run.read(upload.folder, upload.dataset_id, upload.note)
-    if run.args:
-        (folder / 'args.yaml').write_text(yaml.safe_dump(run.args))
+    copy_record(run, upload.folder, folder, _PUBLISHED)
     if upload.model:
         save_for_hf(timm.create_model(upload.model, pretrained=True), folder, safe_serialization=True)
-    try:
-        model = load_folder(folder)
-    except ValueError as e:
-        raise ValueError(str(e).replace(str(folder), str(upload.folder))) from e
+    model = load_folder(folder if upload.model else upload.folder)
     _drop_num_classes(folder / 'config.json')
     if model.num_classes == 0:
         raise ValueError(f'the model in {upload.folder} has no classifier (num_classes=0): push it with one.')
-    if not _logits(model).isfinite().all():
-        raise ValueError(f'the model in {upload.folder} has logits that are not finite.')
     if (folder / 'README.md').exists():  # the author's own card
         if upload.license or upload.dataset_id:
             raise ValueError(
@@ -101,12 +75,7 @@ def build(upload: Upload, folder: Path) -> nn.Module:
         return model
     license = upload.license or model.pretrained_cfg.get('license') or 'apache-2.0'
     files = [file.name for file in folder.iterdir()]
-    try:
-        card = model_card(model, run, f'hf-hub:{upload.repo_id}', files, license)
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as e:  # of values that no run writes
-        raise ValueError(
-            f'the record of the run in {upload.folder} (args.yaml, summary.csv, validation.csv) is damaged: '
-            f'{type(e).__name__} {e}.') from e
+    card = model_card(model, run, f'hf-hub:{upload.repo_id}', files, license)
     card.save(folder / 'README.md')
     return model
 
@@ -137,45 +106,39 @@ def push(
     """Push a folder that `build` has written, load the model back, and compare logits.
 
     Args:
-        upload: Where it goes.
-        folder: The folder.
-        model: The model in it.
         private: Make a new repository private.
         revision: Branch. Main if None.
         create_pr: Open a pull request.
 
     Raises:
-        OSError: If the Hub refuses, or cannot be reached.
+        HTTPError: If the Hub cannot be reached.
+        OSError: If the Hub refuses, or the model cannot be loaded back.
         ValueError: If there is no token, or what comes back is not what was pushed.
     """
     token = get_token()
-    if not token:
-        raise ValueError('there is no token: log in with `hf auth login`, or set HF_TOKEN.')
-    if not re.fullmatch('[!-~]+', token):  # HTTP would refuse the header, and print it
-        raise ValueError('the token of HF_TOKEN or `hf auth login` has characters that no token has: copy it again.')
+    if not token or not re.fullmatch('[!-~]+', token):  # HTTP would refuse the header, and print it
+        raise ValueError(
+            'there is no token, or one with odd characters in it: log in with `hf auth login`, or set HF_TOKEN.')
     api = HfApi(library_name='timm-dresnet')
     repo_id, files = upload.repo_id, sorted(folder.iterdir())
     repo = f'{api.endpoint}/{repo_id}'
-    try:
-        if not create_pr:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-        head = api.model_info(repo_id, revision=revision)
-        left_over = {file.rfilename for file in head.siblings} & set(_PUBLISHED) - {file.name for file in files}
-        commit = api.create_commit(  # not upload_folder, which may make several commits
-            repo_id,
-            operations=[
-                *(CommitOperationAdd(file.name, file) for file in files),
-                *(CommitOperationDelete(name) for name in sorted(left_over)),
-            ],
-            commit_message='Upload model with timm-dresnet',
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=head.sha,
-        )
-    except (httpx2.HTTPError, OSError, RuntimeError) as e:
-        raise OSError(_explain(e, api.endpoint, repo_id, create_pr)) from e
+    if not create_pr:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+    head = api.model_info(repo_id, revision=revision)
+    left_over = {file.rfilename for file in head.siblings} & set(_PUBLISHED) - {file.name for file in files}
+    commit = api.create_commit(  # not upload_folder, which may make several commits
+        repo_id,
+        operations=[
+            *(CommitOperationAdd(file.name, file) for file in files),
+            *(CommitOperationDelete(name) for name in sorted(left_over)),
+        ],
+        commit_message='Upload model with timm-dresnet',
+        revision=revision,
+        create_pr=create_pr,
+        parent_commit=head.sha,
+    )
     if commit.oid == head.sha:
         print(f'{repo} holds this already: nothing was changed.')
     else:
@@ -186,37 +149,12 @@ def push(
             name = f'hf-hub:{repo_id}@{commit.oid}'  # the commit itself, since a branch may have moved on
             loaded = timm.create_model(name, pretrained=True, cache_dir=cache)
         except Exception as e:  # of the network, or whatever a damaged file makes timm and safetensors raise
-            raise OSError(f'{repo} was pushed, but cannot be loaded back: {_explain(e, api.endpoint, repo_id)}') from e
+            raise OSError(f'{repo} was pushed, but cannot be loaded back: {e}') from e
     if not torch.allclose(_logits(loaded.eval()), _logits(model), rtol=1e-4, atol=1e-5):
         raise ValueError(f'{repo} is not what was pushed: its logits differ. Push it again.')
     branch = revision or commit.pr_revision
     name = f'{repo_id}@{branch}' if branch else repo_id
     print(f"Loaded back, with equal logits: timm.create_model('hf-hub:{name}', pretrained=True)")
-
-
-def _explain(error: Exception, hub: str, repo_id: str, create_pr: bool = False) -> str:
-    """Say in one sentence why a request failed, and what to do."""
-    if isinstance(error, RuntimeError) and error.__cause__:  # of an upload
-        error = error.__cause__
-    again = 'push again'
-    if create_pr:
-        again = f'look at {hub}/{repo_id}/discussions whether the pull request was opened, and else push again'
-    if isinstance(error, RepositoryNotFoundError):
-        return f'{hub} does not show {repo_id} to this token: it does not exist, or it is private.'
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        said = error.server_message or error.response.reason_phrase
-        sentences = {
-            401: f'{hub} does not accept this token: make one that may write, at {hub}/settings/tokens.',
-            403: f'this token may not write to {repo_id} ({said}): take another token, or another repository.',
-            409: f'{repo_id} cannot be made ({said}): take another name.',
-            412: f'somebody else pushed to {repo_id} at the same time: {again}.',
-        }
-        path = error.response.url.path
-        return sentences.get(status, f'{hub} answers {status} ({said}) for {path}: wait a little, and {again}.')
-    if isinstance(error, httpx2.TransportError):
-        return f'{hub} cannot be reached ({type(error).__name__}: {error}): check the connection, and {again}.'
-    return str(error)
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -259,8 +197,9 @@ def main(argv: Optional[List[str]] = None) -> None:
                     print('Nothing was pushed.')
                 else:
                     push(upload, Path(name), model, args.private, args.revision, args.create_pr)
-    except (OSError, RuntimeError, ValueError) as e:
-        sys.exit(f'python -m hub.push: error: {" ".join(str(e).split())}')
+    except (HTTPError, OSError, RuntimeError, ValueError, yaml.YAMLError) as e:
+        reason = f'{e} {e.__cause__ or ""}' if isinstance(e, RuntimeError) else str(e)  # the cause, of an upload
+        sys.exit(f'python -m hub.push: error: {" ".join(reason.split())}')
 
 
 if __name__ == '__main__':

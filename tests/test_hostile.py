@@ -49,7 +49,7 @@ def test_pickles_are_not_run(folder, tmp_path):
         load_folder(folder)
     digits = ['--dataset', 'digits', '--workers', '0']
     for main, arguments in (
-            (train.validate.main, [pickled, '--arch', 'test_dresnet']),
+            (train.validate.main, [pickled]),
             (train.__main__.main, ['--model', 'test_dresnet', '--initial-checkpoint', pickled])):
         with pytest.raises(SystemExit, match='error: '):
             main([*map(str, arguments), *digits])

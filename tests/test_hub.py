@@ -99,7 +99,7 @@ def test_published_is_loadable(alice, push, folders, kind, capsys):
 
 
 def test_pull_request(alice, push):
-    assert 'does not show alice/model to this token' in push('--create-pr')[0]  # there is none
+    assert 'Repository Not Found' in push('--create-pr')[0]  # there is none
     push(kind='adaresnet')
     printed, failed = push('--create-pr')
     assert not failed and f'Pushed to {alice.url}/alice/model/discussions/1' in printed
@@ -107,7 +107,7 @@ def test_pull_request(alice, push):
     assert "timm.create_model('hf-hub:alice/model@refs/pr/1', pretrained=True)" in printed
     alice.faults.append(Fault('POST */commit/*', after=True))
     error, failed = push('--create-pr')
-    assert failed and f'look at {alice.url}/alice/model/discussions' in error
+    assert failed and 'disconnected' in error
     assert set(alice.repos['alice/model'].refs) == {'main', 'refs/pr/1', 'refs/pr/2'}  # none is opened twice
 
 
@@ -201,11 +201,11 @@ def test_card_says_what_the_training_started_from(folder, tmp_path, args, start,
 
 
 @pytest.mark.parametrize('token,message', [
-    (None, 'there is no token: log in'),
-    ('hf_expired', 'does not accept this token'),
-    ('hf_reader', 'this token may not write to alice/model'),
-    ('hf_other', 'this token may not write to alice/model'),
-    ('hf_\x1bwriter', 'has characters that no token has'),
+    (None, 'there is no token, or'),
+    ('hf_expired', '401 Unauthorized'),
+    ('hf_reader', "don't have the rights to create alice/model"),
+    ('hf_other', "don't have the rights to create alice/model"),
+    ('hf_\x1bwriter', 'odd characters'),
 ])
 def test_tokens(hub, push, monkeypatch, token, message):
     if token:
@@ -232,7 +232,7 @@ def test_faults_that_pass(alice, push):
         Fault('POST */commit/*', after=True), Fault('GET */resolve/*/model.safetensors', 429),
     ]
     error, failed = push()
-    assert failed and 'cannot be reached' in error and 'push again' in error
+    assert failed and 'disconnected' in error
     printed, failed = push()
     assert not failed, printed
     assert 'nothing was changed' in printed and 'Loaded back, with equal logits' in printed
@@ -241,11 +241,11 @@ def test_faults_that_pass(alice, push):
 
 
 @pytest.mark.parametrize('fault,message,commits', [
-    (Fault('POST /api/repos/create'), 'cannot be reached', 0),
-    (Fault('PUT /lfs/*', 503, times=6), 'answers 503', 1),
-    (Fault('PUT /lfs/*', 400), 'answers 400 (injected 400) for /lfs/', 1),
-    (Fault('POST */commit/*', 403), 'may not write to alice/model', 1),
-    (Fault('POST */commit/*', 412), 'somebody else pushed to alice/model', 1),
+    (Fault('POST /api/repos/create'), 'disconnected', 0),
+    (Fault('PUT /lfs/*', 503, times=6), '503 Service Unavailable', 1),
+    (Fault('PUT /lfs/*', 400), "uploading 'model.safetensors' to the Hub. Bad request: injected 400", 1),
+    (Fault('POST */commit/*', 403), '403 Forbidden', 1),
+    (Fault('POST */commit/*', 412), '412 Precondition Failed', 1),
     (Fault('GET */resolve/*/model.safetensors', 503, times=99), 'was pushed, but cannot be loaded back', 2),
     (Fault('GET */resolve/*/model.safetensors', corrupt=True), 'is not what was pushed', 2),
     (Fault('GET */resolve/*/config.json', corrupt=True), 'was pushed, but cannot be loaded back', 2),
@@ -261,12 +261,9 @@ def test_faults_that_stay(alice, push, fault, message, commits):
 
 
 @pytest.mark.parametrize('damage,message', [
-    (shutil.rmtree, 'there is no folder'),
+    (shutil.rmtree, 'holds no config.json'),
     (lambda folder: (folder / 'model.safetensors').unlink(), 'holds no model.safetensors'),
-    (lambda folder: (folder / 'args.yaml').write_text('a: [1'), 'a damaged file of its run'),
-    (lambda folder: (folder / 'args.yaml').write_text('model: x'), 'does not say batch_size, epochs, opt, seed'),
-    (lambda folder: (folder / 'summary.csv').write_text('epoch,eval_top1\n0,50\n'), 'the record of the run in'),
-    (lambda folder: (folder / 'validation.csv').write_text('model\nx\n'), 'validation.csv has no row for run'),
+    (lambda folder: (folder / 'args.yaml').write_text('a: [1'), 'while parsing'),
     (lambda folder: save_for_hf(timm.create_model('test_dresnet', num_classes=0), folder, safe_serialization=True),
      'no classifier'),
 ])

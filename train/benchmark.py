@@ -29,11 +29,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from timm_dresnet.folders import atomic_folder
 from timm_dresnet.folding import fold_norms
 
-from .arguments import KeyValues, create_parser, positive
-from .build import create_model, set_up_process
+from .arguments import positive
+from .build import check_model_name, set_up_process
+from .results import format_table, write_text
 
 _PAIRS = [('dresnet18', 'resnet18'), ('adaresnet50', 'resnet50'), ('dresnet50', 'resnet50')]
 _ALL = [('adaresnet50', 'resnet50'), *((f'dresnet{depth}', f'resnet{depth}') for depth in (18, 34, 50, 101))]
@@ -73,17 +73,14 @@ def prepare_for_inference(model: nn.Module) -> Optional[Tuple[str, nn.Module]]:
     Returns:
         What was done, in words, and the copy; None if there is nothing to do.
     """
-    def fold(model: nn.Module) -> nn.Module:
-        if isinstance(model, ResNet):
-            for block in itertools.chain(model.layer1, model.layer2, model.layer3, model.layer4):
-                fold_norms(block)
-        return model
-
-    for what, prepare in (('fused', partial(reparameterize_model, inplace=True)), ('norms folded', fold)):
-        prepared = prepare(copy.deepcopy(model).eval())
-        if prepared.state_dict().keys() != model.state_dict().keys():
-            return what, prepared
-    return None
+    what, prepared = 'fused', reparameterize_model(model.eval())
+    if prepared.state_dict().keys() == model.state_dict().keys():
+        if not isinstance(model, ResNet):
+            return None
+        what = 'norms folded'
+        for block in itertools.chain(prepared.layer1, prepared.layer2, prepared.layer3, prepared.layer4):
+            fold_norms(block)
+    return what, prepared
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
@@ -154,52 +151,33 @@ def time_in_turns(
     return times
 
 
-def create_pair(pair: Pair, model_kwargs: Dict[str, Any]) -> Dict[str, nn.Module]:
-    """The ``model`` and the ``baseline`` of a pair.
-
-    Raises:
-        ValueError: If there is no such model, or it does not take the arguments.
-    """
-    torch.manual_seed(0)
-    models = {}
-    cfg = timm.get_pretrained_cfg(pair.baseline)  # None if there is no such model
-    for role, name, kwargs in (('model', pair.model, model_kwargs), ('baseline', pair.baseline, {})):
-        given = dict(model=name, num_classes=cfg and cfg.num_classes, model_kwargs=kwargs)
-        models[role] = create_model(argparse.Namespace(**{**vars(create_parser().parse_args([])), **given}))
-    return models
-
-
 def measure(pair: Pair, args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
     """Measure a pair.
 
     Returns:
         Size of the ``input``, and for each of the ``variants`` its name and the table's columns, times of every round.
-
-    Raises:
-        ValueError: If there is no such model, or it does not take its arguments or the images.
     """
     size = (3, pair.img_size, pair.img_size)
-    models, results = create_pair(pair, args.model_kwargs), {}
-    for role in ('model', 'baseline'):
-        results[role] = dict(name=getattr(pair, role))
+    num_classes = timm.get_pretrained_cfg(pair.baseline).num_classes
+    torch.manual_seed(0)
+    models, results = {}, {}
+    for role, name in (('model', pair.model), ('baseline', pair.baseline)):
+        models[role] = timm.create_model(name, num_classes=num_classes)
+        results[role] = dict(name=name)
         prepared = prepare_for_inference(models[role])
         if prepared is not None:
-            results[f'prepared_{role}'] = dict(name=f'{getattr(pair, role)}, {prepared[0]}')
+            results[f'prepared_{role}'] = dict(name=f'{name}, {prepared[0]}')
             models[f'prepared_{role}'] = prepared[1]
     for role, result in results.items():
         result['parameters'] = sum(p.numel() for p in models[role].parameters())
-        try:
-            result['multiply_adds'] = count_multiply_adds(models[role], size)
-        except (AssertionError, RuntimeError) as e:
-            raise ValueError(f'{result["name"]} does not take images of {size}: {" ".join(str(e).split())}') from e
+        result['multiply_adds'] = count_multiply_adds(models[role], size)
 
-    layout = dict(memory_format=torch.contiguous_format if args.contiguous else torch.channels_last)
-    images = torch.randn(pair.batch_size, *size).to(device, **layout)
+    images = torch.randn(pair.batch_size, *size).to(device, memory_format=torch.channels_last)
     wait = partial(torch.cuda.synchronize, device) if device.type == 'cuda' else lambda: None
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp)
 
     def place(model: nn.Module) -> nn.Module:
-        model.to(device, **layout)
+        model.to(device, memory_format=torch.channels_last)
         if args.compile:
             return torch.compile(model, dynamic=False, mode='reduce-overhead' if args.cuda_graphs else None)
         return model
@@ -235,8 +213,7 @@ def format_report(report: Dict[str, Any]) -> str:
             return '{1:.2f} ({0:.2f} to {2:.2f})'.format(*np.quantile(ratios, [0.25, 0.5, 0.75]))
         return f'{variant[key] / of[key]:.3f}'
 
-    heads = ['model', 'of', 'input', *(head for head, _ in _COLUMNS.values())]
-    rows = [heads, ['---'] * len(heads)]
+    rows = [['model', 'of', 'input', *(head for head, _ in _COLUMNS.values())]]
     for result in report['results']:
         for role, of in ((None, 'baseline'), (None, 'prepared_baseline'), ('model', 'baseline'),
                          ('prepared_model', 'baseline'), ('prepared_model', 'prepared_baseline')):
@@ -245,116 +222,88 @@ def format_report(report: Dict[str, Any]) -> str:
                 names = [variant['name'], baseline['name']] if variant else [baseline['name'], '']
                 cells = [cell(key, baseline, variant, result['input'][0]) for key in _COLUMNS]
                 rows.append([*names, 'x'.join(map(str, result['input'])), *cells])
-    return '\n'.join([
-        f'`{report["command"]}`',
-        '',
-        '; '.join(f'{key}: {value}' for key, value in report['setup'].items()),
-        '',
-        'Baselines in numbers, models as ratios to them: 1.10 is 10 % more time for the same images, or 10 % more of '
-        'anything else. Of times, the median over the rounds and, in brackets, the quartiles.',
-        '',
-        *(f'| {" | ".join(row)} |' for row in rows),
-        '',
-    ])
+    setup = '; '.join(f'{key}: {value}' for key, value in report['setup'].items())
+    return f"""`{report["command"]}`
+
+{setup}
+
+Baselines in numbers, models as ratios to them: 1.10 is 10 % more time for the same images, or 10 % more of anything \
+else. Of times, the median over the rounds and, in brackets, the quartiles.
+
+{format_table(rows)}"""
 
 
 def describe(args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
     """What the numbers depend on, apart from the models."""
     cpu = Path('/proc/cpuinfo')  # what Python knows of a processor on Linux is its architecture
     name = re.search(r'^model name\s*: (.*)', cpu.read_text(), re.MULTILINE) if cpu.exists() else None
-    name = name[1] if name else platform.processor() or platform.machine()
-    compiler = 'torch.compile with CUDA graphs' if args.cuda_graphs else 'torch.compile' if args.compile else 'none'
     return {
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
-        'CPU': f'{name} ({torch.backends.cpu.get_cpu_capability()})',
+        'CPU': f'{name[1] if name else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})',
         'threads': torch.get_num_threads(),
         'torch': torch.__version__,
         'timm': timm.__version__,
         'dtype': ('bfloat16 autocast, else ' if args.amp else '') + 'float32' + ' (TF32)' * (device.type == 'cuda'),
-        'layout': 'contiguous' if args.contiguous else 'channels-last',
-        'compiler': compiler,
-        'image size': args.img_size,
-        'batch size': args.batch_size,
+        'layout': 'channels-last',
+        'compiler': 'torch.compile' * args.compile + ' with CUDA graphs' * args.cuda_graphs or 'none',
         'rounds': args.rounds,
     }
 
 
-def write(text: str, path: Optional[Path]) -> None:
-    """Write a file whole, if it is asked for."""
-    if path is not None:
-        with atomic_folder(path.parent) as new:
-            (new / path.name).write_text(text, encoding='utf-8')
-
-
-def create_benchmark_parser() -> argparse.ArgumentParser:
-    """The parser of `python -m train.benchmark`."""
+def main(argv: Optional[List[str]] = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog='python -m train.benchmark',
         description='Time and memory of models as ratios to a baseline. Without --models: dresnet18 of resnet18, '
                     'adaresnet50 and dresnet50 of resnet50.',
-        epilog='example: python -m train.benchmark --models dresnet18 --baseline resnet18 --model-kwargs gate=gauss',
+        epilog='example: python -m train.benchmark --models dresnet18 dresnet18_gauss --baseline resnet18',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--models', nargs='+', metavar='NAME', help='architectures, any of timm.list_models()')
     parser.add_argument('--baseline', metavar='NAME', help='the architecture to compare them with')
     parser.add_argument('--all', action='store_true',
                         help='besides these, DResNets of 34 and 101 layers, and of 20 and 56 on batches of 128x3x32x32')
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
-                        help='other arguments of the models, but not of the baseline, such as gate=gauss')
     parser.add_argument('--img-size', type=positive, default=224, metavar='N', help='image size')
     parser.add_argument('-b', '--batch-size', type=positive, default=8, metavar='N', help='images in a batch')
     parser.add_argument('--rounds', type=positive, default=10, metavar='N', help='how often each is timed')
     parser.add_argument('--device', metavar='NAME', help='device to run on (a GPU if there is one, if not set)')
-    parser.add_argument('--threads', type=positive, metavar='N', help='CPU threads of PyTorch')
-    parser.add_argument('--contiguous', action='store_true', help='contiguous memory layout instead of channels-last')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--compile', action='store_true', help='torch.compile the models')
     parser.add_argument('--cuda-graphs', action='store_true', help='with CUDA graphs; peak memory is not measured')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write all that was measured, times of every round')
     parser.add_argument('--md', type=Path, metavar='FILE', help='write what is printed')
     parser.set_defaults(deterministic=False)
-    return parser
-
-
-def main(argv: Optional[List[str]] = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = create_benchmark_parser()
     args = parser.parse_args(argv)
     args.compile |= args.cuda_graphs
     if bool(args.models) != bool(args.baseline) or args.all and args.models:
         parser.error('--models and --baseline need each other, and exclude --all.')
-    for path in filter(None, (args.json, args.md)):
-        if not path.parent.is_dir() or path.is_dir():
-            parser.error(f'{path} cannot be written: it must be a file in a folder that exists.')
+    names = [(model, args.baseline) for model in args.models or ()] or (_ALL if args.all else _PAIRS)
+    pairs = [Pair(*pair, args.img_size, args.batch_size) for pair in names]
+    if args.all:
+        pairs += [Pair(*pair, 32, 128) for pair in _ALL_CIFAR]
     try:
+        for pair in pairs:
+            check_model_name(pair.model)
+            check_model_name(pair.baseline)
         device = set_up_process(args).device
     except ValueError as e:
         parser.error(str(e))
     if args.cuda_graphs and device.type != 'cuda':
         parser.error(f'--cuda-graphs needs a CUDA device, not {device.type}.')
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler logs that it finds no GPU
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # all variants share the code that is compiled for each of them
-    names = [(model, args.baseline) for model in args.models or ()] or (_ALL if args.all else _PAIRS)
-    pairs = [Pair(*pair, args.img_size, args.batch_size) for pair in names]
-    if args.all:
-        pairs += [Pair(*pair, 32, 128) for pair in _ALL_CIFAR]
     command = shlex.join(['python', '-m', 'train.benchmark', *argv])
     report: Dict[str, Any] = dict(command=command, setup=describe(args, device), results=[])
-    try:
-        for pair in pairs:  # errors of the last need not wait for the others
-            create_pair(pair, args.model_kwargs)
-        for pair in pairs:
-            report['results'].append(measure(pair, args, device))
-            gc.collect()
-            if args.compile:
-                torch.compiler.reset()
-            write(json.dumps(report, indent=1), args.json)
-            write(format_report(report), args.md)
-    except (OSError, ValueError, torch.OutOfMemoryError) as e:
-        sys.exit(f'python -m train.benchmark: error: {" ".join(str(e).split())}')
+    for pair in pairs:
+        report['results'].append(measure(pair, args, device))
+        gc.collect()
+        if args.compile:
+            torch.compiler.reset()
+        if args.json:
+            write_text(args.json, json.dumps(report, indent=1))
+        if args.md:
+            write_text(args.md, format_report(report))
     print(format_report(report), end='')
 
 

@@ -30,11 +30,7 @@ class Process:
 
 
 def set_up_process(args: argparse.Namespace) -> Process:
-    """Join the other processes, and set the device for speed, or for repeatable numbers.
-
-    Raises:
-        ValueError: If there is no such device.
-    """
+    """Join the other processes, and set the device for speed, or for repeatable numbers."""
     name = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         found = init_distributed_device_so(name)
@@ -50,16 +46,17 @@ def set_up_process(args: argparse.Namespace) -> Process:
     return Process(device, found['global_rank'], found['world_size'])
 
 
-def create_model(args: argparse.Namespace) -> torch.nn.Module:
-    """The model that a run trains.
-
-    Raises:
-        ValueError: If there is no such model, it does not take the arguments, or weights do not fit it.
-    """
-    if ':' not in args.model and not timm.is_model(args.model):
-        near = difflib.get_close_matches(args.model, timm.list_models())
+def check_model_name(name: str) -> None:
+    """Raise a ValueError if timm knows no model of this name."""
+    if ':' not in name and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models())
         hint = f', did you mean {" or ".join(near)}?' if near else '.'
-        raise ValueError(f'There is no model {args.model!r}{hint}')
+        raise ValueError(f'There is no model {name!r}{hint}')
+
+
+def create_model(args: argparse.Namespace) -> torch.nn.Module:
+    """The model that a run trains."""
+    check_model_name(args.model)
     overlay = {}
     if args.pretrained_path:
         overlay = dict(pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1))  # with another head
@@ -73,14 +70,11 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
             global_pool=args.gp,
             drop_rate=args.drop,
             drop_path_rate=args.drop_path,
-            drop_block_rate=args.drop_block,
             **overlay,
             **args.model_kwargs,
         )
-    except TypeError as e:
-        raise ValueError(f'{args.model} does not take all of --model-kwargs {args.model_kwargs}: {e}') from e
-    except AssertionError as e:  # of timm's layers
-        raise ValueError(f'{args.model} cannot be made with these arguments: {e}') from e
+    except (AssertionError, TypeError) as e:  # of timm's layers
+        raise ValueError(f'{args.model} does not take these arguments: {e}') from e
     except (OSError, RuntimeError) as e:
         source = args.initial_checkpoint or args.pretrained_path or (args.pretrained and '--pretrained')
         if not source:
@@ -90,18 +84,9 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = args.bn_momentum
-    head = model.get_classifier()
-    if args.num_classes == 0 and (args.head_init_scale, args.head_init_bias, args.linear_probe) != (None, None, False):
-        raise ValueError('--head-init-scale, --head-init-bias and --linear-probe need more classes than 0.')
-    with torch.no_grad():
-        if args.head_init_scale is not None:
-            head.weight.mul_(args.head_init_scale)
-            head.bias.mul_(args.head_init_scale)
-        if args.head_init_bias is not None:
-            head.bias.fill_(args.head_init_bias)
     if args.linear_probe:
         model.requires_grad_(False)
-        head.requires_grad_(True)
+        model.get_classifier().requires_grad_(True)
     return model
 
 
@@ -117,26 +102,16 @@ class Task(ClassificationTask):
         super().__init__(*args, **kwargs)
         self.progress = dict(epoch=0, batch=0, images=0, totals=[0., 0., 0.])
 
-    def get_task_state(self, module: Optional[torch.nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+    def get_task_state(self, ema: bool = False, **_: Any) -> Dict[str, Any]:
         return {} if ema else self.progress
 
-    def load_task_state(
-            self,
-            state: Optional[Dict[str, Any]],
-            strict: bool = True,
-            module: Optional[torch.nn.Module] = None,
-            ema: bool = False,
-    ) -> None:
+    def load_task_state(self, state: Optional[Dict[str, Any]], ema: bool = False, **_: Any) -> None:
         if not ema:
             self.progress.update(state)
 
 
 def create_task(args: argparse.Namespace, model: torch.nn.Module, process: Process) -> Task:
-    """The model with its loss and its moving average, compiled if asked for.
-
-    Raises:
-        ValueError: If the model cannot be trained.
-    """
+    """The model with its loss and its moving average, compiled if asked for."""
     if getattr(model, 'fused', False):
         raise ValueError(f'{args.model} is fused for inference: train the model that it was made from.')
     if args.sync_bn:
@@ -148,17 +123,9 @@ def create_task(args: argparse.Namespace, model: torch.nn.Module, process: Proce
         model.to(memory_format=torch.channels_last)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
-    loss = dict(
-        smoothing=args.smoothing,
-        soft_targets=args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None,  # these smooth targets too
-    )
+    loss = dict(smoothing=args.smoothing, soft_targets=args.mixup > 0 or args.cutmix > 0)  # these smooth targets too
     if args.bce_loss:
-        loss.update(
-            loss_type='bce',
-            bce_target_thresh=args.bce_target_thresh,
-            bce_sum=args.bce_sum,
-            pos_weight=args.bce_pos_weight,
-        )
+        loss.update(loss_type='bce', bce_target_thresh=args.bce_target_thresh)
     task = Task(model, criterion_kwargs=loss, device=process.device, verbose=False)
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
@@ -168,22 +135,13 @@ def create_task(args: argparse.Namespace, model: torch.nn.Module, process: Proce
     return task
 
 
-def learning_rate(args: argparse.Namespace, world_size: int) -> float:
-    """`--lr`, or `--lr-base` scaled to the images in an update by timm's rule."""
-    if args.lr is not None:
-        return args.lr
-    ratio = args.batch_size * world_size * args.grad_accum_steps / args.lr_base_size
-    scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
-    return args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
-
-
 def create_optimizer(args: argparse.Namespace, model: torch.nn.Module, world_size: int) -> torch.optim.Optimizer:
-    """The optimizer of `--opt`.
-
-    Raises:
-        ValueError: If there is none of this name, or it does not take the arguments.
-    """
-    kwargs = {**optimizer_kwargs(args), 'lr': learning_rate(args, world_size)}
+    """The optimizer of `--opt`, with the rate `--lr`, or `--lr-base` scaled to the images in an update as timm does."""
+    kwargs = optimizer_kwargs(args)
+    if args.lr is None:
+        ratio = args.batch_size * world_size * args.grad_accum_steps / args.lr_base_size
+        scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
+        kwargs['lr'] = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
     try:
         return create_optimizer_v2(model, **kwargs, **args.opt_kwargs)
     except TypeError as e:

@@ -25,14 +25,11 @@ from timm_dresnet.folders import atomic_folder
 from .arguments import create_parser
 from .benchmark import count_multiply_adds
 from .checkpoints import is_finished, open_folder
-from .results import read_csv, write_csv
+from .results import format_table, read_csv, write_csv, write_text
 
 _logger = logging.getLogger('train')
 _HERE = Path(__file__).parent
-_CURVES = {
-    'acc': ('top-1 accuracy, %', {'validation': 'eval_top1', 'train': 'train_top1'}),
-    'loss': ('loss', {'validation': 'eval_loss', 'train': 'train_loss'}),
-}
+_PICTURES = {'acc.png': ('top-1 accuracy, %', 'eval_top1'), 'loss.png': ('loss', 'eval_loss')}
 
 
 def _slug(name: str) -> str:
@@ -46,9 +43,6 @@ def load_config(name: str, smoke: bool = False) -> Dict[str, Any]:
         name: Name of one in `train/comparisons/`, or path of a YAML file: ``recipe`` (likewise), ``seeds``,
             ``arguments`` over the recipe, ``models`` (name: arguments over those), and ``smoke`` (likewise).
         smoke: With the arguments that make it small, one seed only.
-
-    Raises:
-        ValueError: If it is not a comparison.
     """
     path = Path(name) if name.endswith('.yaml') else _HERE / 'comparisons' / f'{name}.yaml'
     try:
@@ -67,11 +61,7 @@ def load_config(name: str, smoke: bool = False) -> Dict[str, Any]:
 
 
 def run(command: List[str]) -> None:
-    """Run a training to its end; a signal that asks this process to end is handed on.
-
-    Raises:
-        SystemExit: If it fails or was asked to end.
-    """
+    """Run a training to its end; a signal that asks this process to end is handed on."""
     process = subprocess.Popen(command)
     numbers = signal.SIGTERM, signal.SIGINT
     handlers = [signal.signal(number, lambda number, _: process.send_signal(number)) for number in numbers]
@@ -111,16 +101,19 @@ def write_table(lines: List[Dict[str, Any]], folder: Path) -> None:
         return f'{line[key]:.2f}' + (f' ± {std:.2f}' if std is not None else '')
 
     write_csv(folder / 'comparison.csv', lines)
-    text = ['| model | parameters | multiply-adds | best top-1, % | last top-1, % | images/s | epochs | seeds |',
-            '| --- | --- | --- | --- | --- | --- | --- | --- |']
-    text += [
-        f'| {line["model"]} | {line["parameters"]:,} | {line["multiply_adds"] / 1e6:,.1f} M '
-        f'| {accuracy(line, "best_top1")} | {accuracy(line, "last_top1")} | {line["images_per_second"]:.0f} '
-        f'| {line["epochs"]} | {line["seeds"]} |'
-        for line in lines
-    ]
-    with atomic_folder(folder) as new:
-        (new / 'comparison.md').write_text('\n'.join(text) + '\n')
+    rows = [['model', 'parameters', 'multiply-adds', 'best top-1, %', 'last top-1, %', 'images/s', 'epochs', 'seeds']]
+    for line in lines:
+        rows.append([
+            line['model'],
+            f'{line["parameters"]:,}',
+            f'{line["multiply_adds"] / 1e6:,.1f} M',
+            accuracy(line, 'best_top1'),
+            accuracy(line, 'last_top1'),
+            f'{line["images_per_second"]:.0f}',
+            str(line['epochs']),
+            str(line['seeds']),
+        ])
+    write_text(folder / 'comparison.md', format_table(rows))
 
 
 def _curve(folders: List[Path], column: str) -> List[List[float]]:
@@ -134,45 +127,36 @@ def _curve(folders: List[Path], column: str) -> List[List[float]]:
 
 
 def draw(runs: Dict[str, List[Path]], folder: Path) -> None:
-    """Draw `acc.png` and `loss.png` of all models in validation, and such a pair of each in training and validation.
+    """Draw `acc.png` and `loss.png` of all models in validation.
 
-    Lines are means over the seeds, the bands about them go from the lowest to the highest.
+    Lines are means over the seeds, the bands about them go from the lowest to the highest. The panel on the right shows
+    the last third, of the models that end within a tenth of the scale of the best one.
     """
-    def save(curves: Dict[str, List[List[float]]], label: str, title: str, path: Path, zoom: bool = False) -> None:
-        curves = {name: curve for name, curve in curves.items() if curve[0]}  # none in training with mixup
+    count = max(map(len, runs.values()))
+    seeds = '1 seed' if count == 1 else f'mean and range of {count} seeds'
+    for picture, (label, column) in _PICTURES.items():
+        curves = {model: _curve(folders, column) for model, folders in runs.items()}
         last = {name: mean[-1] for name, (_, mean, _, _) in curves.items()}
         colors = {name: colormaps['tab10'](i % 10) for i, name in enumerate(curves)}
-        panels = [(0., sorted(curves, key=lambda name: -last[name]))]
-        if zoom:  # on the last third, of the models that end within a tenth of the scale of the best one
-            means = [value for _, mean, _, _ in curves.values() for value in mean]
-            best = (max if 'accuracy' in label else min)(last.values())
-            near = [name for name in panels[0][1] if abs(last[name] - best) <= (max(means) - min(means)) / 10]
-            panels.append((min(curves[name][0][-1] for name in near) * 2 / 3, near))
+        names = sorted(curves, key=lambda name: -last[name])
+        means = [value for _, mean, _, _ in curves.values() for value in mean]
+        best = (max if picture == 'acc.png' else min)(last.values())
+        near = [name for name in names if abs(last[name] - best) <= (max(means) - min(means)) / 10]
         figure = Figure(figsize=(9, 4.5), layout='constrained')
-        figure.suptitle(f'{folder.name}: {title}')
-        for axes, (first, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-            for name in names:
-                points = [point for point in zip(*curves[name]) if point[0] >= first]
-                epochs, mean, low, high = zip(*points)
+        figure.suptitle(f'{folder.name}: {label.split(",")[0]} in validation, {seeds}')
+        start = min(curves[name][0][-1] for name in near) * 2 / 3
+        for axes, first, shown in zip(figure.subplots(1, 2), (0., start), (names, near)):
+            for name in shown:
+                epochs, mean, low, high = zip(*(point for point in zip(*curves[name]) if point[0] >= first))
                 axes.plot(epochs, mean, '.-', color=colors[name], label=f'{name}: {last[name]:.4g}')
                 axes.fill_between(epochs, low, high, color=colors[name], alpha=0.15, linewidth=0)
-            axes.set(title=f'last third, the best {len(names)}' if first else '', xlabel='epoch', ylabel=label)
+            axes.set(title=f'last third, the best {len(near)}' if first else '', xlabel='epoch', ylabel=label)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.3)
         handles = figure.axes[0].get_legend_handles_labels()  # in the order in which the lines end
         figure.legend(*handles, title='after the last epoch', loc='outside right center')
-        figure.savefig(path, dpi=150)
-
-    count = max(map(len, runs.values()))
-    seeds = '1 seed' if count == 1 else f'mean and range of {count} seeds'
-    with atomic_folder(folder) as new:
-        for kind, (label, columns) in _CURVES.items():
-            noun = label.split(',')[0]
-            curves = {model: _curve(folders, columns['validation']) for model, folders in runs.items()}
-            save(curves, label, f'{noun} in validation, {seeds}', new / f'{kind}.png', zoom=True)
-            for model, folders in runs.items():
-                curves = {part: _curve(folders, column) for part, column in columns.items()}
-                save(curves, label, f'{noun} of {model}, {seeds}', new / f'{_slug(model)}_{kind}.png')
+        with atomic_folder(folder) as new:
+            figure.savefig(new / picture, dpi=150)
 
 
 def main(argv: Optional[List[str]] = None) -> None:

@@ -38,13 +38,6 @@ class Digits(Dataset):
     classes = [str(digit) for digit in range(10)]
 
     def __init__(self, split: str) -> None:
-        """
-        Args:
-            split: 'train' (1,437 images) or 'validation' (360).
-
-        Raises:
-            ValueError: If there is no such split.
-        """
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
         splits = ('train', 'validation')
@@ -69,6 +62,7 @@ class Images(Dataset):
     `UNREADABLE`, which is not measured.
 
     Attributes:
+        mode: Mode of the images, as in PIL.
         transform: What is done to each image.
         bad: Which images could not be read so far, in memory that is shared with the worker processes.
     """
@@ -81,12 +75,6 @@ class Images(Dataset):
             skip_bad: bool = False,
             in_memory: bool = False,
     ) -> None:
-        """
-        Args:
-            dataset: One of timm's, of torchvision's, or the digits.
-            mode: Mode of the images, as in PIL.
-            in_memory: Decode all images now and keep them, in shared memory.
-        """
         self.dataset = dataset
         self.mode = mode
         self.is_training = is_training
@@ -124,33 +112,30 @@ class Images(Dataset):
                 f'{self._name(index)} cannot be read ({reason}). Repair or remove it, or add --bad-images skip.') from e
 
     def _decode_all(self) -> None:
-        def decode(index: int) -> Optional[Tuple[np.ndarray, Any]]:
+        def decode(index: int) -> Tuple[np.ndarray, Any]:
             try:
                 image, target = self._read(index)
             except BadImageError:
                 if not self.skip_bad:
                     raise
-                return None
+                image, target = Image.new(self.mode, (0, 0)), None
             return np.asarray(image), target
 
         with ThreadPoolExecutor() as pool:
-            items = list(tqdm(
-                pool.map(decode, range(len(self))), 'decode', len(self), unit='image', leave=False, disable=None))
-        pixels = [np.empty(0, np.uint8) if item is None else item[0] for item in items]
+            decoded = pool.map(decode, range(len(self)))
+            pixels, self.targets = zip(*tqdm(decoded, 'decode', len(self), unit='image', leave=False, disable=None))
         self.shapes = [array.shape for array in pixels]
-        self.targets = [None if item is None else item[1] for item in items]
         self.starts = np.cumsum([0, *(array.size for array in pixels)])
         # one tensor in shared memory: worker processes neither copy it nor decode again
         self.decoded = torch.empty(int(self.starts[-1]), dtype=torch.uint8).share_memory_()
-        for start, array in zip(self.starts, pixels):
-            self.decoded[start:start + array.size] = torch.from_numpy(array.reshape(-1).copy())
+        np.concatenate([array.reshape(-1) for array in pixels], out=self.decoded.numpy())
 
     def _get(self, index: int) -> Tuple[Image.Image, Any]:
         if self.decoded is None:
             return self._read(index)
         if self.bad[index]:
             raise BadImageError(f'{self._name(index)} cannot be read.')
-        pixels = self.decoded[self.starts[index]:self.starts[index + 1]].numpy()
+        pixels = self.decoded.numpy()[self.starts[index]:self.starts[index + 1]]
         return Image.fromarray(pixels.reshape(self.shapes[index])), self.targets[index]
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
@@ -168,11 +153,7 @@ class Images(Dataset):
 
 
 def open_dataset(args: argparse.Namespace, is_training: bool, in_chans: int) -> Dataset:
-    """The data set of `--train-split` or `--val-split`: `Images`, or a stream of timm's.
-
-    Raises:
-        ValueError: If there is none, or it has no images.
-    """
+    """The data set of `--train-split` or `--val-split`: `Images`, or a stream of timm's."""
     split = args.train_split if is_training else args.val_split
     mode = args.input_img_mode or ('RGB' if in_chans == 3 else 'L')
     if not args.dataset:
@@ -191,7 +172,6 @@ def open_dataset(args: argparse.Namespace, is_training: bool, in_chans: int) -> 
                 batch_size=args.batch_size,
                 num_samples=args.train_num_samples if is_training else args.val_num_samples,
                 seed=args.seed,
-                repeats=args.epoch_repeats if is_training else 0.,
                 input_img_mode=mode,
                 input_key=args.input_key,
                 target_key=args.target_key,

@@ -197,9 +197,6 @@ def validate(
 
     Returns:
         Cross-entropy ``loss``, and ``top1`` and ``top5`` accuracy in percent.
-
-    Raises:
-        Stopped: If a signal has asked for it.
     """
     model.eval()
     evaluator = ClassificationEvaluator(process.device)

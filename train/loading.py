@@ -4,10 +4,8 @@ import atexit
 import multiprocessing
 import random
 import signal
-from contextlib import contextmanager
-from functools import partial
 from itertools import islice
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import numpy as np
 import torch
@@ -24,29 +22,6 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 from .build import Process
 from .datasets import Images
-
-
-class WorkerError(Exception):
-    """A worker process was killed, or gives nothing."""
-
-
-def is_worker_lost(error: Exception) -> bool:
-    """Whether PyTorch says so of a worker process, in an error that it may raise at any moment."""
-    if isinstance(error, (EOFError, ConnectionRefusedError, ConnectionResetError)):  # while it handed over a batch
-        return not str(error).startswith('Caught ')  # the data set's own, raised in such a process
-    return str(error).startswith(('DataLoader worker (pid', 'DataLoader timed out'))
-
-
-@contextmanager
-def worker_errors() -> Iterator[None]:
-    """Raises a `WorkerError` where a worker process is lost."""
-    try:
-        yield
-    except (EOFError, OSError, RuntimeError) as e:
-        if not is_worker_lost(e):
-            raise
-        reason = str(e).splitlines()[0].rstrip('. ') if isinstance(e, RuntimeError) else 'DataLoader worker was killed'
-        raise WorkerError(f'{reason}. If memory ran out, use fewer --workers.') from e
 
 
 def seed_everything(*key: int) -> None:
@@ -69,7 +44,9 @@ class SeededBatchSampler(Sampler):
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose what comes next, as in `EpochLoader.set_epoch`."""
-        getattr(self.batches, 'set_epoch', self.batches.sampler.set_epoch)(epoch)
+        if isinstance(self.batches, ScheduledBatchSampler):
+            self.batches.set_epoch(epoch)
+        self.batches.sampler.set_epoch(self.key[0] + epoch)  # timm's RepeatAugSampler takes no seed
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
@@ -78,17 +55,6 @@ class SeededBatchSampler(Sampler):
     def __iter__(self) -> Iterator[Tuple[Tuple[int, ...], List[Any]]]:
         for number, indices in islice(enumerate(self.batches), self.start, None):
             yield (*self.key, self.epoch, number), indices
-
-
-class SeededRepeats(RepeatAugSampler):
-    """timm's sampler for repeated augmentation, whose order depends on the epoch alone, with an order for each seed."""
-
-    def __init__(self, seed: int, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.seed = seed
-
-    def set_epoch(self, epoch: int) -> None:
-        super().set_epoch(self.seed + epoch)
 
 
 class SeededImages(Dataset):
@@ -122,12 +88,7 @@ class EpochLoader(DataLoader):
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose what comes next.
-
-        Args:
-            epoch: Epoch to go through next.
-            start: Number of batches that are skipped at its beginning.
-        """
+        """Choose the epoch to go through next, and how many batches are skipped at its beginning."""
         self.epoch, self.start = epoch, start
         if isinstance(self.batch_sampler, SeededBatchSampler):
             self.batch_sampler.set_epoch(epoch, start)
@@ -144,12 +105,10 @@ class EpochLoader(DataLoader):
             yield batch
 
 
-def _start_worker(init: Optional[Callable[[int], None]], number: int) -> None:
+def _start_worker(number: int) -> None:
     # a signal to the whole process group is for the main process, which needs its workers to finish the batch
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if init is not None:
-        init(number)
 
 
 def _kill_workers() -> None:
@@ -162,7 +121,7 @@ def _kill_workers() -> None:
 
 def _guard_workers(loader: DataLoader, args: argparse.Namespace) -> None:
     if args.workers:
-        loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+        loader.worker_init_fn = _start_worker
         loader.timeout = args.worker_timeout
         atexit.register(_kill_workers)
 
@@ -202,9 +161,6 @@ def create_train_loader(
     """Loader of the training split, whose `loader` is the `EpochLoader` that epochs are set on.
 
     It is put together from timm's parts, since `create_loader` takes no order of batches.
-
-    Raises:
-        ValueError: If the arguments do not fit the data set or each other.
     """
     collate_fn = _create_collate(args, num_classes)
     loader_kwargs = dict(collate_fn=collate_fn, num_workers=args.workers, pin_memory=args.pin_mem)
@@ -247,17 +203,15 @@ def create_train_loader(
 
 
 def _create_collate(args: argparse.Namespace, num_classes: int) -> Callable[[List[Any]], Any]:
-    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):
+    if not (args.mixup > 0 or args.cutmix > 0):
         return fast_collate
     if args.batch_size % 2:
         raise ValueError(f'Mixup and CutMix need an even --batch-size, got {args.batch_size}.')
     return FastCollateMixup(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
         prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
         label_smoothing=args.smoothing,
         num_classes=num_classes,
     )
@@ -276,9 +230,6 @@ def _create_transform(args: argparse.Namespace, data_config: Dict[str, Any], inp
             hflip=args.hflip,
             vflip=args.vflip,
             color_jitter=args.color_jitter,
-            color_jitter_prob=args.color_jitter_prob,
-            grayscale_prob=args.grayscale_prob,
-            gaussian_blur_prob=args.gaussian_blur_prob,
             auto_augment=args.aa,
             interpolation=interpolation or data_config['interpolation'],
             mean=data_config['mean'],
@@ -291,9 +242,9 @@ def _create_transform(args: argparse.Namespace, data_config: Dict[str, Any], inp
 
 def _create_batch_sampler(args: argparse.Namespace, dataset: Images, process: Process) -> Sampler:
     if args.aug_repeats:
-        sampler = SeededRepeats(args.seed, dataset, process.world_size, process.rank, num_repeats=args.aug_repeats)
+        sampler = RepeatAugSampler(dataset, process.world_size, process.rank, num_repeats=args.aug_repeats)
     else:
-        sampler = DistributedSampler(dataset, process.world_size, process.rank, seed=args.seed)
+        sampler = DistributedSampler(dataset, process.world_size, process.rank)
     if not args.train_img_sizes:
         return BatchSampler(sampler, args.batch_size, drop_last=True)
     return ScheduledBatchSampler(

@@ -2,11 +2,12 @@
 import argparse
 import copy
 import csv
-import hashlib
+import logging
 import shutil
 import time
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -16,6 +17,8 @@ from timm.models import save_for_hf
 
 import timm_dresnet
 from timm_dresnet.folders import atomic_folder
+
+_logger = logging.getLogger('train')
 
 
 def write_epoch(path: Path, epoch: int, rows: List[Dict[str, Any]]) -> None:
@@ -37,6 +40,18 @@ def write_csv(path: Path, rows: List[Dict[str, Any]]) -> None:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with atomic_folder(path.parent) as new:
+        (new / path.name).write_text(text, encoding='utf-8')
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Format rows as a Markdown table, the first as its head."""
+    rows = [rows[0], ['---'] * len(rows[0]), *rows[1:]]
+    return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
 
 def has_connections(model: nn.Module) -> bool:
@@ -76,14 +91,10 @@ def plot_curves(summary: Path, path: Path) -> None:
 class Log:
     """Records each epoch: `summary.csv`, `connections.csv`, `curves.png`, and TensorBoard or W&B if asked for."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, first_epoch: int) -> None:
-        """
-        Args:
-            first_epoch: Number of epochs that the folder has recorded.
-
-        Raises:
-            ValueError: If a package that is asked for is missing.
-        """
+    def __init__(self, args: argparse.Namespace, folder: Path, first_epoch: int, num_epochs: int) -> None:
+        self.first_epoch = first_epoch
+        self.num_epochs = num_epochs
+        self.begin = time.time()
         self.folder = folder
         self.tensorboard = self.wandb = None
         self.drawn = 0.
@@ -93,13 +104,10 @@ class Log:
                 self.tensorboard = SummaryWriter(folder, purge_step=first_epoch)
             if args.log_wandb:
                 import wandb
-                # the same when the run resumes
-                identity = f'{folder.resolve()} {(folder / "args.yaml").stat().st_mtime_ns}'
                 self.wandb = wandb.init(
                     project=args.wandb_project,
                     name=folder.name,
-                    id=hashlib.sha256(identity.encode()).hexdigest()[:16],
-                    tags=args.wandb_tags,
+                    id=f'{folder.name}-{(folder / "args.yaml").stat().st_mtime_ns}',  # the same when the run resumes
                     config=vars(args),
                     dir=folder,
                     resume='allow',
@@ -119,8 +127,21 @@ class Log:
             eval_metrics: Dict[str, float],
             lr: float,
             model: nn.Module,
+            bad: int,
     ) -> None:
-        """Record an epoch, by its number from 0; without validation, `eval_metrics` is empty."""
+        """Record an epoch, by its number from 0, and how many images could not be read so far.
+
+        `eval_metrics` is empty if the model was not validated.
+        """
+        left = (time.time() - self.begin) / (epoch + 1 - self.first_epoch) * (self.num_epochs - epoch - 1)
+        words = [f'epoch {epoch + 1:>3}/{self.num_epochs}', f'loss {train_metrics["loss"]:.4f}']
+        if eval_metrics:
+            words += [f'validation loss {eval_metrics["loss"]:.4f}', f'top-1 {eval_metrics["top1"]:.2f} %']
+        if train_metrics['images_per_second']:
+            words.append(f'{train_metrics["images_per_second"]:.0f} images/s')
+        if bad:
+            words.append(f'{bad} bad images skipped')
+        _logger.info('  '.join([*words, f'{timedelta(seconds=round(left))} left']))
         row = {
             **{f'train_{key}': value for key, value in train_metrics.items()},
             **{f'eval_{key}': value for key, value in eval_metrics.items()},
@@ -158,12 +179,10 @@ def save_results(
     """Write pictures, `config.json`, and last `model.safetensors`, which marks the run as finished.
 
     Args:
-        model: The trained model.
         folder: Where to write; holds the run's `summary.csv`, and `connections.csv` if it has any.
         data_config: Input size and preprocessing that the model was trained with.
-        label_names: Names of the classes.
     """
-    for left_over in (*folder.glob('.new-*'), *folder.glob('.link-*')):  # of a run that was killed
+    for left_over in folder.glob('.new-*'):  # of a run that was killed
         shutil.rmtree(left_over)
     _draw(folder)
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)  # as safetensors wants it

@@ -1,12 +1,10 @@
 """A run: find its folder and, unless it is finished, build what training needs, resume, train and write the results."""
 import argparse
 import logging
-import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import timm
 import torch
@@ -23,8 +21,9 @@ from .build import Process, create_model, create_optimizer, create_task, set_up_
 from .checkpoints import Checkpoints, find_folder, is_finished, lock_folder, newest, open_folder, restore
 from .datasets import BadImageError, check_classes, class_names, count_bad_images, open_dataset
 from .engine import Stopped, TrainState, count_updates, train_one_epoch, validate
-from .loading import WorkerError, create_eval_loader, create_train_loader, worker_errors
+from .loading import create_eval_loader, create_train_loader
 from .results import Log, save_results
+from .validate import measure
 
 _logger = logging.getLogger('train')
 
@@ -33,10 +32,9 @@ class RunError(Exception):
     """A run has ended early; says why, and from which checkpoint it resumes."""
 
 
-@dataclass
-class Run:
+@dataclass(kw_only=True)
+class Run(TrainState):
     """What is built for a run that is not finished."""
-    state: TrainState
     num_epochs: int
     train_set: Dataset
     eval_set: Dataset
@@ -46,7 +44,7 @@ class Run:
     @property
     def model(self) -> torch.nn.Module:
         """The model that comes out: the one that is trained, or its moving average."""
-        return unwrap_model(self.state.task.get_trainable_module(ema=self.state.args.model_ema))
+        return unwrap_model(self.task.get_trainable_module(ema=self.args.model_ema))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -69,10 +67,15 @@ def run(args: argparse.Namespace) -> None:
     else:
         built = build(args, process)
         folder = _from_primary(process, lambda: open_folder(*place))
-        with _named_checkpoint(folder, process):
+        with _named_checkpoint(folder, process), lock_folder(folder) if process.primary else nullcontext():
             train(built, folder)
     with _named_checkpoint(folder, process):
-        measure(args, process, folder)
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+        measured = measure(model, resolve_input_data_config(model, vars(args)), args, process)
+    if process.primary:
+        print(f"timm.create_model('local-dir:{folder}', pretrained=True) has a top-1 accuracy of "
+              f"{measured['top1']:.2f} % on the {measured['images']:,} images of {args.val_split}. It lies in "
+              f"{folder.resolve()}")
     if process.distributed:
         dist.destroy_process_group()
 
@@ -80,8 +83,7 @@ def run(args: argparse.Namespace) -> None:
 def _name(args: argparse.Namespace) -> str:
     size = (args.input_size or [args.img_size])[-1]
     if not args.experiment and size is None:
-        known = timm.get_pretrained_cfg(args.model) if timm.is_model(args.model) else None
-        size = (known.input_size if known else create_model(args).pretrained_cfg['input_size'])[-1]
+        size = create_model(args).pretrained_cfg['input_size'][-1]
     return args.experiment or f'{safe_model_name(args.model)}-{size}'
 
 
@@ -96,50 +98,55 @@ def _from_primary(process: Process, find: Callable[[], Any]) -> Any:
 def _named_checkpoint(folder: Path, process: Process) -> Iterator[None]:
     """Names the checkpoint that the run resumes from, whatever ends it."""
     try:
-        with worker_errors():
-            yield
+        yield
     except Stopped:
         if process.primary:
             _logger.info(f'Stopped. The same command resumes from {newest(folder)}')
         raise
-    except (BadImageError, FloatingPointError, MemoryError, OSError, WorkerError) as e:
-        reason = f'{e}'
-        if isinstance(e, MemoryError):
-            reason = 'memory ran out, use fewer --workers.'
-        elif isinstance(e, OSError):
-            reason = f'{e.strerror}: {e.filename}.' if e.filename else f'{e.strerror or e}.'
+    except (BadImageError, EOFError, FloatingPointError, MemoryError, OSError, RuntimeError) as e:
+        reason = ' '.join(str(e).split()).rstrip('.') or type(e).__name__
+        if reason.startswith('Caught ') or isinstance(e, RuntimeError) and not reason.startswith('DataLoader '):
+            raise  # a defect, which keeps its traceback
+        if isinstance(e, (ConnectionRefusedError, ConnectionResetError, EOFError)):  # while it handed over a batch
+            reason = 'DataLoader worker was killed'
+        if reason.startswith('DataLoader ') or isinstance(e, MemoryError):
+            reason += '. If memory ran out, use fewer --workers'
         path = newest(folder)
         resumes = f'The last good checkpoint is {path}' if path else 'There is no checkpoint yet'
-        raise RunError(f'{reason} {resumes}; the same command resumes the run.') from e
+        raise RunError(f'{reason}. {resumes}; the same command resumes the run.') from e
 
 
 def build(args: argparse.Namespace, process: Process) -> Run:
-    """Build data, model and optimizer.
-
-    Raises:
-        ValueError: If arguments do not fit each other, the model or the data.
-        OSError: If a file cannot be read.
-        BadImageError: If an image cannot be read.
-    """
+    """Build data, model and optimizer."""
     random_seed(args.seed)
     model = create_model(args).to(process.device)
     data_config = resolve_input_data_config(model, vars(args))
     train_set, eval_set = (open_dataset(args, training, data_config['input_size'][0]) for training in (True, False))
     _check_data(args, model.num_classes, train_set, eval_set)
-    train_loader = create_train_loader(args, train_set, data_config, model.num_classes, process)
-    if not len(train_loader):
+    loader = create_train_loader(args, train_set, data_config, model.num_classes, process)
+    if not len(loader):
         raise ValueError(
             f'--batch-size {args.batch_size} is more than the {len(train_set)} training images: give a smaller one.')
     task = create_task(args, model, process)
     task.progress['images'] = args.batch_size * process.world_size
     optimizer = create_optimizer(args, model, process.world_size)
     lr_scheduler, num_epochs = create_scheduler_v2(
-        optimizer, **scheduler_kwargs(args), updates_per_epoch=count_updates(len(train_loader), args))
+        optimizer, **scheduler_kwargs(args), updates_per_epoch=count_updates(len(loader), args))
     scaled = args.amp and args.amp_dtype == 'float16' and process.device.type == 'cuda'
-    loss_scaler = NativeScaler(device=process.device.type) if scaled else None
-    state = TrainState(args, process, task, train_loader, optimizer, lr_scheduler, loss_scaler)
     return Run(
-        state, num_epochs, train_set, eval_set, create_eval_loader(args, eval_set, data_config, process), data_config)
+        args=args,
+        process=process,
+        task=task,
+        loader=loader,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        loss_scaler=NativeScaler(device=process.device.type) if scaled else None,
+        num_epochs=num_epochs,
+        train_set=train_set,
+        eval_set=eval_set,
+        eval_loader=create_eval_loader(args, eval_set, data_config, process),
+        data_config=data_config,
+    )
 
 
 def _check_data(args: argparse.Namespace, num_classes: int, train_set: Dataset, eval_set: Dataset) -> None:
@@ -158,142 +165,87 @@ def _check_data(args: argparse.Namespace, num_classes: int, train_set: Dataset, 
 
 
 def train(run: Run, folder: Path) -> None:
-    """Train to the end, from the newest checkpoint on if there is one, and write the results.
-
-    Raises:
-        Stopped: If a signal has asked for it; what was reached is saved.
-        FloatingPointError: If loss or weights are no longer finite.
-        BadImageError: If an image cannot be read.
-        OSError: If a file cannot be written.
-    """
-    state, args, process = run.state, run.state.args, run.state.process
-    if process.primary:
-        lock = lock_folder(folder)
+    """Train to the end, from the newest checkpoint on if there is one, and write the results."""
+    args, process, progress = run.args, run.process, run.task.progress
     checkpoint = _from_primary(process, lambda: newest(folder))
     if checkpoint is not None:
-        resume(state, checkpoint)
+        resume(run, checkpoint)
     if process.distributed:
-        # torch warns of the argument, whose default is True
-        buffers = dict(broadcast_buffers=False) if args.no_ddp_bb else {}
-        device_ids = None if process.device.type == 'cpu' else [process.device]
-        state.task.prepare_distributed(device_ids=device_ids, **buffers)
-    with state.stop:  # before the log says that training begins
+        run.task.prepare_distributed(device_ids=None if process.device.type == 'cpu' else [process.device])
+    with run.stop:  # before the log says that training begins
         if process.primary:
             saver, log = _open_log(run, folder, checkpoint)
-            progress = state.task.progress
-            state.save = lambda: saver.save_recovery(progress['epoch'], progress['batch'])
-        start, first_epoch = time.time(), state.task.progress['epoch']
-        for epoch in range(first_epoch, run.num_epochs):
-            train_metrics, eval_metrics, lr = _train_and_validate(run)
-            bad = count_bad_images([run.train_set, run.eval_set], process) if args.bad_images == 'skip' else None
-            state.lr_scheduler.step(epoch + 1)
-            state.task.progress.update(epoch=epoch + 1, batch=0, totals=[0., 0., 0.])
+            run.save = lambda: saver.save_recovery(progress['epoch'], progress['batch'])
+        for epoch in range(progress['epoch'], run.num_epochs):
+            train_metrics, eval_metrics = _train_and_validate(run)
+            bad = count_bad_images([run.train_set, run.eval_set], process) if args.bad_images == 'skip' else 0
+            rates = [group['lr'] for group in run.optimizer.param_groups]
+            run.lr_scheduler.step(epoch + 1)
+            progress.update(epoch=epoch + 1, batch=0, totals=[0., 0., 0.])
             if process.primary:
-                log.epoch(epoch, train_metrics, eval_metrics, lr, run.model)
+                log.epoch(epoch, train_metrics, eval_metrics, sum(rates) / len(rates), run.model, bad)
                 saver.save_checkpoint(epoch, metric=eval_metrics.get(args.eval_metric))
-                left = (time.time() - start) / (epoch + 1 - first_epoch) * (run.num_epochs - epoch - 1)
-                _report(f'{epoch + 1:>3}/{run.num_epochs}', train_metrics, eval_metrics, bad, left)
     if process.primary:
         save_results(run.model, folder, run.data_config, class_names(run.eval_set))
-        lock.release(force=True)
-        Path(lock.lock_file).unlink(missing_ok=True)
     if process.distributed:
         dist.barrier()
 
 
-def resume(state: TrainState, checkpoint: Path) -> None:
-    """Set everything to where a checkpoint was written.
-
-    Raises:
-        ValueError: If the checkpoint does not fit.
-    """
-    args, progress = state.args, state.task.progress
+def resume(run: Run, checkpoint: Path) -> None:
+    """Set everything to where a checkpoint was written."""
+    progress, accum_steps = run.task.progress, run.args.grad_accum_steps
     images = progress['images']
-    restore(checkpoint, state.task, state.optimizer, state.loss_scaler)
+    restore(checkpoint, run.task, run.optimizer, run.loss_scaler)
     # in batches of this run, which may have another number of processes
     batch = progress['batch'] * progress['images'] // images
-    progress['batch'] = batch if batch >= len(state.loader) else batch - batch % args.grad_accum_steps
+    progress['batch'] = batch if batch >= len(run.loader) else batch - batch % accum_steps
     progress['images'] = images
-    updates = progress['epoch'] * count_updates(len(state.loader), args) + progress['batch'] // args.grad_accum_steps
-    state.lr_scheduler.step(progress['epoch'])
-    state.lr_scheduler.step_update(updates)
+    updates = progress['epoch'] * count_updates(len(run.loader), run.args) + progress['batch'] // accum_steps
+    run.lr_scheduler.step(progress['epoch'])
+    run.lr_scheduler.step_update(updates)
 
 
 def _open_log(run: Run, folder: Path, checkpoint: Optional[Path]) -> Tuple[Checkpoints, Log]:
-    state, args, progress = run.state, run.state.args, run.state.task.progress
+    args, progress = run.args, run.task.progress
     saver = Checkpoints(
-        model=state.task.get_trainable_module(),
-        optimizer=state.optimizer,
+        model=run.task.get_trainable_module(),
+        optimizer=run.optimizer,
         args=args,
-        amp_scaler=state.loss_scaler,
+        amp_scaler=run.loss_scaler,
         checkpoint_dir=str(folder),
         recovery_dir=str(folder),
         decreasing=args.eval_metric == 'loss',
         max_history=args.checkpoint_hist,
-        task=state.task,
+        task=run.task,
     )
-    log = Log(args, folder, progress['epoch'])
+    log = Log(args, folder, progress['epoch'], run.num_epochs)
     if checkpoint is None:
         log.start(run.model)
         parameters = sum(p.numel() for p in run.model.parameters())
         _logger.info(
             f'Training {args.model} ({parameters:,} parameters) on {len(run.train_set):,} images of '
             f'{"x".join(map(str, run.data_config["input_size"]))} for {run.num_epochs} epochs on '
-            f'{state.process.world_size} x {state.process.device.type}, into {folder}')
+            f'{run.process.world_size} x {run.process.device.type}, into {folder}')
     else:
         saver.resume(checkpoint)
         _logger.info(f'Resuming from {checkpoint}: epoch {progress["epoch"] + 1}, batch {progress["batch"] + 1}')
     return saver, log
 
 
-def _train_and_validate(run: Run) -> Tuple[Dict[str, Optional[float]], Dict[str, float], float]:
-    """Metrics of an epoch in training and validation (empty if it is not validated), and the mean learning rate."""
-    state, args, process = run.state, run.state.args, run.state.process
-    epoch = state.task.progress['epoch']
-    train_metrics = train_one_epoch(state)
+def _train_and_validate(run: Run) -> Tuple[Dict[str, Optional[float]], Dict[str, float]]:
+    """Metrics of an epoch in training and in validation (empty if it is not validated)."""
+    args, process, epoch = run.args, run.process, run.task.progress['epoch']
+    train_metrics = train_one_epoch(run)
     if process.distributed and args.dist_bn and not args.sync_bn:
-        for module in filter(None, (state.task.get_trainable_module(ema=ema) for ema in (False, True))):
+        for module in filter(None, (run.task.get_trainable_module(ema=ema) for ema in (False, True))):
             distribute_bn(module, process.world_size, args.dist_bn == 'reduce')
-    rates: List[float] = [group['lr'] for group in state.optimizer.param_groups]
-    eval_metrics = {}
-    if (epoch + 1) % args.val_interval == 0 or epoch + 1 == run.num_epochs:
-        model = state.task.get_eval_model(ema=args.model_ema)
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        try:
-            eval_metrics = validate(model, run.eval_loader, args, process, state.stop)
-        except Stopped:
-            state.save()
-            raise
-    return train_metrics, eval_metrics, sum(rates) / len(rates)
-
-
-def _report(
-        epoch: str,
-        train_metrics: Dict[str, Optional[float]],
-        eval_metrics: Dict[str, float],
-        bad: Optional[int],
-        left: float,
-) -> None:
-    words = [f'epoch {epoch}', f'loss {train_metrics["loss"]:.4f}']
-    if eval_metrics:
-        words += [f'validation loss {eval_metrics["loss"]:.4f}', f'top-1 {eval_metrics["top1"]:.2f} %']
-    if train_metrics['images_per_second']:
-        words.append(f'{train_metrics["images_per_second"]:.0f} images/s')
-    if bad is not None:
-        words.append(f'{bad} bad images skipped')
-    _logger.info('  '.join([*words, f'{timedelta(seconds=round(left))} left']))
-
-
-def measure(args: argparse.Namespace, process: Process, folder: Path) -> None:
-    """Load the results as timm does, measure them on the validation split, and print the accuracy."""
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True).to(process.device)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    data_config = resolve_input_data_config(model, vars(args))
-    dataset = open_dataset(args, False, data_config['input_size'][0])
-    metrics = validate(model, create_eval_loader(args, dataset, data_config, process), args, process)
-    if process.primary:
-        print(f"timm.create_model('local-dir:{folder}', pretrained=True) has a top-1 accuracy of "
-              f"{metrics['top1']:.2f} % on the {len(dataset):,} images of {args.val_split}. It lies in "
-              f"{folder.resolve()}")
+    if (epoch + 1) % args.val_interval and epoch + 1 < run.num_epochs:
+        return train_metrics, {}
+    model = run.task.get_eval_model(ema=args.model_ema)
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    try:
+        return train_metrics, validate(model, run.eval_loader, args, process, run.stop)
+    except Stopped:
+        run.save()
+        raise
