@@ -24,7 +24,7 @@ from timm.utils import reparameterize_model
 
 import timm_dresnet
 
-from .folders import atomic_folder, load_folder
+from .folders import atomic_folder, load_checkpoint, load_folder
 from .images import Classifier, find_images
 
 _MAX_MEASURED = 128  # images to measure on, in one batch
@@ -35,7 +35,7 @@ def load(name: str, pretrained: bool = True, families: Sequence[str] = ()) -> nn
     """Create a model in eval mode.
 
     Args:
-        name: Folder, `hf-hub:owner/name`, or model with or without a tag.
+        name: Folder, checkpoint of a run, `hf-hub:owner/name`, or model with or without a tag.
         pretrained: Whether a model of the registry has its weights.
         families: Names of classes that it must be of.
 
@@ -44,6 +44,8 @@ def load(name: str, pretrained: bool = True, families: Sequence[str] = ()) -> nn
     """
     if Path(name).is_dir():
         return load_folder(Path(name))
+    if Path(name).is_file():
+        return load_checkpoint(Path(name))
     if ':' not in name:
         architecture, _, tag = name.partition('.')
         if not timm.is_model(architecture):
@@ -284,8 +286,8 @@ def create_parser() -> argparse.ArgumentParser:
     """The parser of `timm-dresnet`."""
     parser = argparse.ArgumentParser(
         prog='timm-dresnet', description='Residual networks with learned skip connections, for timm.',
-        epilog='MODEL is the folder of a model, hf-hub:owner/name, or a model of timm, with a tag or without. '
-               'timm-dresnet COMMAND --help has examples.')
+        epilog='MODEL is the folder of a model, a checkpoint of a run, hf-hub:owner/name, or a model of timm, with a tag '
+               'or without. timm-dresnet COMMAND --help has examples.')
     parser.add_argument('--version', action='version', version=timm_dresnet.__version__)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
 

@@ -1,4 +1,4 @@
-"""The folder of a model: checked before it is loaded, and written whole or not at all."""
+"""The folder of a model: checked before it is loaded, and written whole or not at all. And checkpoints of training."""
 import os
 import tempfile
 from contextlib import contextmanager
@@ -9,8 +9,11 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
+from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-__all__ = ['atomic_folder', 'load_folder', 'replace']
+__all__ = ['atomic_folder', 'load_checkpoint', 'load_folder', 'replace']
 
 
 def load_folder(path: Path) -> nn.Module:
@@ -59,6 +62,41 @@ def load_folder(path: Path) -> nn.Module:
         if not tensor.isfinite().all():
             raise ValueError(f'{key} in {weights} is not finite: the weights are damaged, or the training diverged.')
     return model
+
+
+def load_checkpoint(path: Path) -> nn.Module:
+    """Load a model from a checkpoint of `python -m train` or timm's train.py: the moving average, if there is one.
+
+    Args:
+        path: The file, which also holds the arguments of the run.
+
+    Returns:
+        The model, in eval mode, whose `pretrained_cfg` has the preprocessing and, if they are known, the class names.
+
+    Raises:
+        ValueError: If it is not such a file, or does not fit its model.
+    """
+    try:
+        checkpoint = load_checkpoint_metadata(path)
+        args, classes = vars(checkpoint['args']), checkpoint.get('task_state', {}).get('classes')
+        name = args['model']
+        if args.get('pretrained') and (cfg := get_pretrained_cfg(name)):  # whose classes the model may have
+            name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else name
+        model = timm.create_model(
+            name,
+            num_classes=args['num_classes'],
+            in_chans=args.get('in_chans') or (args.get('input_size') or [3])[0],
+            global_pool=args.get('gp'),
+            **args.get('model_kwargs') or {},
+        )
+        timm.models.load_checkpoint(model, str(path))
+    except Exception as e:  # whatever other files, and weights that do not fit, make torch and timm raise
+        raise ValueError(
+            f"{path} is not a checkpoint of python -m train or of timm's train.py: {_first_line(e)}") from e
+    model.pretrained_cfg.update(resolve_data_config(args, model=model), num_classes=model.num_classes)
+    if classes:
+        model.pretrained_cfg['label_names'] = classes
+    return model.eval()
 
 
 def _first_line(error: Exception) -> str:

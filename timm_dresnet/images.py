@@ -12,10 +12,10 @@ import torch.nn as nn
 from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 
-__all__ = ['Classifier', 'convert_image', 'find_images']
+__all__ = ['SUFFIXES', 'Classifier', 'convert_image', 'find_images']
 
 _logger = logging.getLogger(__name__)
-_SUFFIXES = {'.avif', '.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
+SUFFIXES = {'.avif', '.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
 
 
 def find_images(paths: Iterable[str]) -> List[str]:
@@ -29,7 +29,7 @@ def find_images(paths: Iterable[str]) -> List[str]:
         if path == '-':
             found += find_images(line.rstrip('\r\n') for line in sys.stdin if line.strip())
         elif os.path.isdir(path):
-            inside = sorted(str(file) for file in Path(path).rglob('*') if file.suffix.lower() in _SUFFIXES)
+            inside = sorted(str(file) for file in Path(path).rglob('*') if file.suffix.lower() in SUFFIXES)
             if not inside:
                 raise ValueError(f'There are no images in {path}.')
             found += inside
@@ -39,7 +39,8 @@ def find_images(paths: Iterable[str]) -> List[str]:
 
 
 def convert_image(image: Image.Image, mode: str) -> Image.Image:
-    """Convert an image to another mode. PIL alone would clip images of 16 bits at 255."""
+    """Turn an image upright, as viewers do, and convert it to a mode. PIL alone would clip 16 bits at 255."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I'):
         image = image.point(lambda value: value * (1 / 256)).convert('L')
     return image.convert(mode)
@@ -87,8 +88,8 @@ class Classifier:
             self.labels = [f'class {i}' for i in range(model.num_classes)]
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """Turn an image upright and make the model's input of it, `[C, H, W]`."""
-        pixels: torch.Tensor = self._transform(convert_image(ImageOps.exif_transpose(image), self._mode))
+        """Make the model's input of an image, `[C, H, W]`."""
+        pixels: torch.Tensor = self._transform(convert_image(image, self._mode))
         return pixels
 
     def read(self, path: str) -> torch.Tensor:

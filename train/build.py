@@ -94,13 +94,13 @@ class Task(ClassificationTask):
     """timm's task, whose checkpoints also hold the progress of the run.
 
     Attributes:
-        progress: ``epoch`` and ``batch`` that come next, ``images`` in a batch of all processes, and ``totals`` of the
-            epoch so far (sum of losses, correct predictions, images).
+        progress: ``epoch`` and ``batch`` that come next, ``images`` in a batch of all processes, ``totals`` of the
+            epoch so far (sum of losses, correct predictions, images), and names of the ``classes``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.progress = dict(epoch=0, batch=0, images=0, totals=[0., 0., 0.])
+        self.progress = dict(epoch=0, batch=0, images=0, totals=[0., 0., 0.], classes=None)
 
     def get_task_state(self, ema: bool = False, **_: Any) -> Dict[str, Any]:
         return {} if ema else self.progress

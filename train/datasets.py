@@ -1,6 +1,10 @@
 """Data sets of images, and what is wrong with them: unreadable files, missing splits, classes that do not fit."""
 import argparse
+import logging
+import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, List, Optional, Sequence, Tuple
 
@@ -8,15 +12,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import create_dataset, set_img_extensions
 from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_split
+from timm.utils import natural_key
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from timm_dresnet.images import convert_image
+from timm_dresnet.images import SUFFIXES, convert_image
 
 from .build import Process
 
+_logger = logging.getLogger('train')
+_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
 _SPLITS = {*_TRAIN_SYNONYM, *_EVAL_SYNONYM, 'test'}
 
 UNREADABLE = -100  # the class of an image that stands in for an unreadable one in validation
@@ -155,9 +162,13 @@ class Images(Dataset):
 def open_dataset(args: argparse.Namespace, is_training: bool, in_chans: int) -> Dataset:
     """The data set of `--train-split` or `--val-split`: `Images`, or a stream of timm's."""
     split = args.train_split if is_training else args.val_split
-    mode = args.input_img_mode or ('RGB' if in_chans == 3 else 'L')
+    mode = args.input_img_mode or _MODES.get(in_chans)
+    if not mode or Image.getmodebands(mode) != in_chans:
+        raise ValueError(f'the model takes {in_chans} channels, and images have {mode or ", ".join(_MODES.values())}: '
+                         'see --in-chans and --input-img-mode.')
     if not args.dataset:
         _check_folder(args.data_dir, split, is_training)
+        set_img_extensions(sorted(SUFFIXES))
     if args.dataset == 'digits':
         dataset = Digits(split)
     else:
@@ -182,6 +193,10 @@ def open_dataset(args: argparse.Namespace, is_training: bool, in_chans: int) -> 
         if args.in_memory:
             raise ValueError(f'--in-memory needs a map-style data set, {args.dataset} is a stream.')
         return dataset
+    if not args.dataset:
+        _name_unread(dataset.reader.root)
+        if not args.class_map:
+            _order_classes(dataset.reader)
     if not len(dataset):
         raise ValueError(f'there are no images in {args.data_dir} (split {split}).')
     return Images(dataset, mode, is_training, skip_bad=args.bad_images == 'skip', in_memory=args.in_memory)
@@ -200,6 +215,22 @@ def _check_folder(data_dir: Optional[str], split: str, is_training: bool) -> Non
         raise ValueError(
             f'{data_dir} has no folder {split}{", only " + " and ".join(splits) if splits else ""}: '
             f'put the images there, or name another by {"--train-split" if is_training else "--val-split"}.')
+
+
+@lru_cache(maxsize=None)  # once, although a folder is opened several times
+def _name_unread(folder: str) -> None:
+    files = (file for _, _, files in os.walk(folder, followlinks=True) for file in files)
+    suffixes = Counter(Path(file).suffix.lower() or 'without a suffix' for file in files)
+    unread = [f'{count:,} {suffix}' for suffix, count in suffixes.items() if suffix not in SUFFIXES]
+    if unread:
+        _logger.warning(f'Files in {folder} that are not read as images: {", ".join(unread)}')
+
+
+def _order_classes(reader: Any) -> None:
+    """Give classes the same numbers in every process: timm leaves those of 'a', 'A', '1' and '01' to the hash seed."""
+    names = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
+    reader.class_to_idx = {name: i for i, name in enumerate(sorted(names, key=lambda name: (natural_key(name), name)))}
+    reader.samples = [(path, reader.class_to_idx[names[index]]) for path, index in reader.samples]
 
 
 def count_bad_images(datasets: Sequence[Dataset], process: Process) -> int:
@@ -225,12 +256,16 @@ def class_names(dataset: Dataset) -> Optional[List[str]]:
 
 
 def check_classes(dataset: Dataset, num_classes: int, label_names: Sequence[str] = ()) -> None:
-    """Raise a ValueError for a data set with more classes than the model, or with a class at another index."""
+    """Raise a ValueError for a data set with more classes than the model, or with other ones or another order."""
     names = class_names(dataset) or []
     if len(names) > num_classes:
-        raise ValueError(f'the data set has {len(names)} classes, the model {num_classes}: see --num-classes.')
+        raise ValueError(
+            f'the data set has {len(names)} classes, the model {num_classes}: see --num-classes, and whether all of '
+            f'these are classes: {", ".join(names[:10])}{", ..." if len(names) > 10 else ""}.')
+    known = [name for name in names if name in label_names]
     for index, name in enumerate(names):
-        if name in label_names and label_names.index(name) != index:
+        if known and (name not in label_names or label_names.index(name) != index):
+            number = label_names.index(name) if name in label_names else 'none'
             raise ValueError(
-                f'the class {name} has number {index} in the data set and {label_names.index(name)} in the model: give '
-                "all of the model's, in its order, in a text file of one name on a line, by --class-map.")
+                f'the class {name} has number {index} in the data set and {number} in the model: give all of the '
+                "model's, in its order, in a text file of one name on a line, by --class-map.")

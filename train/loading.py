@@ -240,16 +240,29 @@ def _create_transform(args: argparse.Namespace, data_config: Dict[str, Any], inp
         raise ValueError(f'--aa {args.aa}: {e}') from e
 
 
+def train_batch_size(args: argparse.Namespace, dataset: Dataset, process: Process) -> int:
+    """`--batch-size`, or less where more than a tenth of the images would be left over at the end of an epoch."""
+    if not isinstance(dataset, Images) or args.aug_repeats:
+        return args.batch_size
+    images = len(dataset) // process.world_size
+    batches, left = divmod(images, args.batch_size)
+    if 10 * left <= images:
+        return args.batch_size
+    size = images // (batches + 1)
+    return size - size % 2  # as Mixup needs
+
+
 def _create_batch_sampler(args: argparse.Namespace, dataset: Images, process: Process) -> Sampler:
+    batch_size = train_batch_size(args, dataset, process)
     if args.aug_repeats:
         sampler = RepeatAugSampler(dataset, process.world_size, process.rank, num_repeats=args.aug_repeats)
     else:
         sampler = DistributedSampler(dataset, process.world_size, process.rank)
     if not args.train_img_sizes:
-        return BatchSampler(sampler, args.batch_size, drop_last=True)
+        return BatchSampler(sampler, batch_size, drop_last=True)
     return ScheduledBatchSampler(
         sampler,
-        [args.batch_size] * len(args.train_img_sizes),
+        [batch_size] * len(args.train_img_sizes),
         seed=args.seed,
         choice_schedule=args.train_size_schedule,
         schedule_epochs=args.epochs,

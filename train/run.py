@@ -21,7 +21,7 @@ from .build import Process, create_model, create_optimizer, create_task, set_up_
 from .checkpoints import Checkpoints, find_folder, is_finished, lock_folder, newest, open_folder, restore
 from .datasets import BadImageError, check_classes, class_names, count_bad_images, open_dataset
 from .engine import Stopped, TrainState, count_updates, train_one_epoch, validate
-from .loading import create_eval_loader, create_train_loader
+from .loading import create_eval_loader, create_train_loader, train_batch_size
 from .results import Log, save_results
 from .validate import measure
 
@@ -123,12 +123,14 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     data_config = resolve_input_data_config(model, vars(args))
     train_set, eval_set = (open_dataset(args, training, data_config['input_size'][0]) for training in (True, False))
     _check_data(args, model.num_classes, train_set, eval_set)
+    batch_size = train_batch_size(args, train_set, process)
+    if batch_size < 2:
+        raise ValueError(f'batches need two images or more for each process, there are {len(train_set)} to train on.')
+    if batch_size < args.batch_size and process.primary:
+        _logger.info(f'Batches have {batch_size} images and not {args.batch_size}, so that few are left over.')
     loader = create_train_loader(args, train_set, data_config, model.num_classes, process)
-    if not len(loader):
-        raise ValueError(
-            f'--batch-size {args.batch_size} is more than the {len(train_set)} training images: give a smaller one.')
     task = create_task(args, model, process)
-    task.progress['images'] = args.batch_size * process.world_size
+    task.progress.update(images=batch_size * process.world_size, classes=class_names(train_set))
     optimizer = create_optimizer(args, model, process.world_size)
     lr_scheduler, num_epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(args), updates_per_epoch=count_updates(len(loader), args))
@@ -153,10 +155,11 @@ def _check_data(args: argparse.Namespace, num_classes: int, train_set: Dataset, 
     for dataset in (train_set, eval_set):
         check_classes(dataset, num_classes)
     trained, measured = class_names(train_set), class_names(eval_set)
-    if args.num_classes is None and measured and len(measured) < num_classes:
-        raise ValueError(
-            f'the data set has {len(measured)} classes, the model {num_classes}: say --num-classes {len(measured)}, or '
-            f'{num_classes} to train that.')
+    if measured and len(measured) < num_classes:
+        fewer = f'the data set has {len(measured)} classes, the model {num_classes}'
+        if args.num_classes is None:
+            raise ValueError(f'{fewer}: say --num-classes {len(measured)}, or {num_classes} to train that.')
+        _logger.warning(f'{fewer[0].upper()}{fewer[1:]}: their names are not kept.')
     if trained and measured and trained != measured:
         odd = sorted({*trained} ^ {*measured}) or ['the same in another order']
         raise ValueError(
@@ -194,8 +197,12 @@ def train(run: Run, folder: Path) -> None:
 def resume(run: Run, checkpoint: Path) -> None:
     """Set everything to where a checkpoint was written."""
     progress, accum_steps = run.task.progress, run.args.grad_accum_steps
-    images = progress['images']
+    images, classes = progress['images'], progress['classes']
     restore(checkpoint, run.task, run.optimizer, run.loss_scaler)
+    if progress['classes'] != classes:
+        odd = sorted({*progress['classes']} ^ {*classes}) or ['the same in another order']
+        raise ValueError(f'{checkpoint} was trained with other classes than the data set has ({", ".join(odd[:5])}): '
+                         'use another --experiment.')
     # in batches of this run, which may have another number of processes
     batch = progress['batch'] * progress['images'] // images
     progress['batch'] = batch if batch >= len(run.loader) else batch - batch % accum_steps

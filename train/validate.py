@@ -8,14 +8,13 @@ from typing import Any, Dict, List, Optional, Tuple
 import timm
 import torch
 from timm.data import resolve_input_data_config
-from timm.models import is_model_pretrained, load_checkpoint
+from timm.models import is_model_pretrained
 from timm.utils import setup_default_logging
-from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from timm_dresnet.folders import load_folder
+from timm_dresnet.folders import load_checkpoint, load_folder
 
 from .arguments import add_data_arguments, add_device_arguments, positive
-from .build import Process, create_model, set_up_process
+from .build import Process, set_up_process
 from .datasets import BadImageError, check_classes, count_bad_images, open_dataset
 from .engine import validate
 from .loading import create_eval_loader
@@ -23,21 +22,14 @@ from .results import format_table, write_csv
 
 _logger = logging.getLogger('train')
 
-# what a run may begin with, but its checkpoints do not
-_WITHOUT_WEIGHTS = dict(pretrained=False, pretrained_path=None, initial_checkpoint='', linear_probe=False)
-
-
 def load_model(name: str) -> Tuple[torch.nn.Module, Dict[str, Any]]:
     """Load a model and its preprocessing: a folder, a checkpoint of a run, `hf-hub:owner/name`, or one of timm's."""
     path = Path(name)
     try:
         if path.is_dir():
             model = load_folder(path)
-        elif name.endswith('.pth.tar'):
-            trained = vars(load_checkpoint_metadata(name)['args'])
-            model = create_model(argparse.Namespace(**{**trained, **_WITHOUT_WEIGHTS}))
-            load_checkpoint(model, name)  # the moving average, if there is one
-            return model, resolve_input_data_config(model, trained)
+        elif path.is_file():
+            model = load_checkpoint(path)
         elif ':' not in name and not is_model_pretrained(name):
             raise ValueError(f'there is no folder, checkpoint or pretrained model {name}.')
         else:
