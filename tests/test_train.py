@@ -92,17 +92,6 @@ def test_other_arguments(args, tmp_path):
         assert 'c10' not in text and 'airplane' not in text and '"label_names"' not in text
 
 
-def test_the_same_command_again(tmp_path, caplog):
-    args = '--model', 'test_dresnet', '--epochs', 1
-    weights = (train(tmp_path, *args) / 'model.safetensors').stat()
-    with caplog.at_level(logging.INFO, 'train'):
-        assert (train(tmp_path, *args, '--workers', 1) / 'model.safetensors').stat() == weights
-    assert 'already' in caplog.text
-    train(tmp_path, *args, '--seed', 1)
-    assert (tmp_path / 'digits' / 'model.safetensors').stat() == weights
-    assert (tmp_path / 'digits-1' / 'model.safetensors').exists()
-
-
 def write_digits(folder, classes):
     """Forty images of each class to train on, ten to validate."""
     for split, count in (('train', 40), ('validation', 10)):
@@ -114,19 +103,24 @@ def write_digits(folder, classes):
     return folder
 
 
-def test_images_of_another_folder_are_another_run(tmp_path, caplog):
+def test_the_same_command_again(tmp_path, caplog):
+    """Changes nothing, also after its images have moved; other images or another seed are another run."""
     odd, even = {'a': 1, 'b': 3}, {'c': 2, 'd': 4}
     first = write_digits(tmp_path / 'odd', dict(train=odd, validation=odd))
     second = write_digits(tmp_path / 'even', dict(train=even, validation=even))
     args = ['--model', 'test_dresnet', '--dataset', '', '--num-classes', 2, '--epochs', 1, '--batch-size', 20]
     train(tmp_path, *args, '--data-dir', first)
     train(tmp_path, *args, '--data-dir', second)
-    assert [timm.create_model(f'local-dir:{tmp_path / name}').pretrained_cfg['label_names'] for name in (
-        'digits', 'digits-1')] == [['a', 'b'], ['c', 'd']]
+    train(tmp_path, *args, '--data-dir', second, '--seed', 1)
+    runs = [tmp_path / name for name in ('digits', 'digits-1', 'digits-2')]
+    assert [timm.create_model(f'local-dir:{run}').pretrained_cfg['label_names'] for run in runs] == [
+        ['a', 'b'], ['c', 'd'], ['c', 'd']]
+    weights = (runs[1] / 'model.safetensors').stat()
     (tmp_path / 'moved').mkdir()
     with caplog.at_level(logging.INFO, 'train'):
-        train(tmp_path, *args, '--data-dir', second.rename(tmp_path / 'moved' / 'even'))
-    assert f'{tmp_path / "digits-1"}' in caplog.text and 'already' in caplog.text
+        train(tmp_path, *args, '--workers', 1, '--data-dir', second.rename(tmp_path / 'moved' / 'even'))
+    assert str(runs[1]) in caplog.text and 'already' in caplog.text
+    assert (runs[1] / 'model.safetensors').stat() == weights
 
 
 def test_classes_that_do_not_fit(tmp_path):
