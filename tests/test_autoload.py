@@ -76,22 +76,6 @@ def test_broken_package_breaks_nothing_else(python, tmp_path):
     assert done.stderr.count('timm-dresnet could not register') == 1 and 'broken on purpose' in done.stderr
 
 
-def test_import_of_timm_that_fails_can_be_tried_again(python, tmp_path):
-    """The hook stays until timm.models has been imported."""
-    code = f"""if True:
-        import sys, torch
-        sys.modules['timm.layers'] = None
-        try:
-            import timm
-        except ImportError:
-            del sys.modules['timm.layers']
-        import timm
-        {IS_OURS}
-    """
-    done = run(python, code, tmp_path)
-    assert done.returncode == 0, done.stderr
-
-
 def test_first_use_in_many_threads(python, tmp_path):
     code = f"""if True:
         import concurrent.futures, threading

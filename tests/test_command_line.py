@@ -14,7 +14,7 @@ from PIL import Image
 from timm.models import save_for_hf
 
 import timm_dresnet
-from conftest import ROOT
+from conftest import ROOT, rows
 from timm_dresnet.images import Classifier
 from timm_dresnet.resnet import CIFAR10_CLASSES
 
@@ -62,8 +62,7 @@ def test_list(run):
     lines = out.splitlines()
     assert lines[0].split() == ['model', 'parameters', 'image_size', 'weights', 'top1', 'dataset']
     assert [line.split()[0] for line in lines[1:]] == ['test_adaresnet.c10', 'test_dresnet.c10']
-    with (ROOT / 'hub/zoo/test_dresnet.c10/validation.csv').open() as f:
-        measured = next(csv.DictReader(f))
+    measured = rows(ROOT / 'hub/zoo/test_dresnet.c10/validation.csv')[0]
     assert f'{float(measured["top1"]):.2f} %' in lines[2] and '0.10 M' in lines[2] and 'package' in lines[2]
 
     records = json.loads(run('list', '--json')[1])
@@ -170,8 +169,7 @@ def test_connections(run, photos, tmp_path):
     expected = timm_dresnet.connections(model)
     assert json.loads(run('connections', 'test_dresnet', '--json')[1]) == expected
     status, out, _ = run('connections', 'test_dresnet.c10', '--csv')
-    rows = list(csv.DictReader(io.StringIO(out)))
-    assert [float(row['gate']) for row in rows] == [record['gate'] for record in expected]
+    assert [float(row['gate']) for row in csv.DictReader(io.StringIO(out))] == [record['gate'] for record in expected]
     table = run('connections', 'test_dresnet', '--images', photos)[1].splitlines()
     assert table[0].split()[-2:] == ['effect', 'share'] and len(table) == 1 + len(expected)
     save_for_hf(timm.create_model('test_adaresnet'), 'ada', safe_serialization=True)

@@ -1,5 +1,4 @@
 """`python -m train.compare` and `python -m train.validate`."""
-import csv
 import re
 import signal
 import statistics
@@ -11,7 +10,7 @@ import timm
 import yaml
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, rows
 from timm_dresnet.resnet import CIFAR10_MEAN
 from train import compare, validate
 from train.__main__ import main
@@ -30,11 +29,6 @@ def comparison(path, **kwargs):
         **kwargs,
     )))
     return path
-
-
-def rows(path):
-    with path.open() as f:
-        return list(csv.DictReader(f))
 
 
 def test_comparison(tmp_path):
@@ -56,19 +50,17 @@ def test_comparison(tmp_path):
 
     table = rows(folder / 'comparison.csv')
     assert [line['model'] for line in table] == ['Ada', 'Dynamic, gauss']
-    for line, slug, name in zip(table, ('ada', 'dynamic-gauss'), ('test_adaresnet', 'test_dresnet')):
+    for line, slug in zip(table, ('ada', 'dynamic-gauss')):
         histories = [rows(folder / f'{slug}-seed{seed}' / 'summary.csv') for seed in (0, 1)]
         accuracies = [[float(row['eval_top1']) for row in history] for history in histories]
         best, last = [max(values) for values in accuracies], [values[1] for values in accuracies]
         for key, values in (('best', best), ('last', last)):
             assert float(line[f'{key}_top1']) == pytest.approx(statistics.mean(values))
-            assert float(line[f'{key}_top1_std']) == pytest.approx(abs(values[0] - values[1]) / 2 ** 0.5)
+            assert float(line[f'{key}_top1_std']) == pytest.approx(statistics.stdev(values))
         model = timm.create_model(f'local-dir:{folder / f"{slug}-seed1"}', pretrained=True)
-        assert model.pretrained_cfg['architecture'] == name
         assert int(line['parameters']) == sum(p.numel() for p in model.parameters())
         assert (line['epochs'], line['seeds']) == ('2', '2') and float(line['images_per_second']) > 0
-        for picture in ('acc', 'loss'):
-            assert (folder / f'{slug}_{picture}.png').read_bytes().startswith(b'\x89PNG')
+        assert (folder / f'{slug}_acc.png').exists() and (folder / f'{slug}_loss.png').exists()
     assert (folder / 'acc.png').exists() and (folder / 'loss.png').exists()
     assert '| Dynamic, gauss | 10' in (folder / 'comparison.md').read_text()
 

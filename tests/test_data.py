@@ -81,16 +81,11 @@ def test_an_epoch_from_any_batch_on():
     assert not torch.equal(batches(loader, 0)[0][0], whole[0][0])
 
 
-@pytest.mark.parametrize('folders,is_training,words', [
-    (['train', 'test'], False, ['no folder validation', 'test and train', '--val-split']),
-    (['cat', 'dog'], True, ['no folder train:', '--train-split']),
-])
-def test_missing_split(image_folder, tmp_path, folders, is_training, words):
-    for name in folders:
-        (tmp_path / name).symlink_to(image_folder / 'train')
-    with pytest.raises(ValueError) as error:
-        open_dataset(arguments('--data-dir', tmp_path), is_training, 3)
-    assert all(word in str(error.value) for word in [str(tmp_path), *words])
+def test_missing_split(image_folder, tmp_path):
+    (tmp_path / 'train').symlink_to(image_folder / 'train')
+    with pytest.raises(ValueError, match='no folder validation.* train.*--val-split') as error:
+        open_dataset(arguments('--data-dir', tmp_path), False, 3)
+    assert str(tmp_path) in str(error.value)
     assert len(open_dataset(arguments('--data-dir', image_folder / 'validation'), False, 3)) == 60  # classes alone
 
 
@@ -117,20 +112,17 @@ def test_two_processes_share_a_batch_of_one():
             assert torch.equal(images[rank::2], half) and torch.equal(targets[rank::2], half_targets)
 
 
-def test_repeated_augmentation():
+def test_repeated_augmentation_and_the_end_of_mixup():
     args = '--dataset', 'digits', '--aug-repeats', 3, '--no-aug'
     images = batches(train_loader(*args))[0][0]
     assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
     assert not torch.equal(images[2], images[3])
     assert not torch.equal(images, batches(train_loader(*args, '--seed', 43))[0][0])
 
-
-def test_mixup_ends():
     loader = train_loader('--dataset', 'digits', '--mixup', 1, '--mixup-off-epoch', 1, '--workers', 1)
-    assert (batches(loader, 0, count=1)[0][1].max(1).values < 0.9).any()
-    loader.mixup_enabled = False
-    targets = batches(loader, 1, count=1)[0][1]
-    assert (targets.max(1).values > 0.9).all()
+    for epoch, enabled in enumerate((True, False)):
+        loader.mixup_enabled = enabled
+        assert (batches(loader, epoch, count=1)[0][1].max(1).values < 0.9).any() == enabled
 
 
 def shards(image_folder, root):

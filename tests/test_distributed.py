@@ -1,5 +1,4 @@
 """Several processes train as one, and go on when one of them dies."""
-import csv
 import os
 import signal
 import subprocess
@@ -9,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT
+from conftest import ROOT, rows
 from train.__main__ import main
 
 RECIPE = ['--config', 'train/recipes/digits.yaml', '--device', 'cpu', '--model', 'test_dresnet', '--workers', '0',
@@ -49,8 +48,7 @@ def test_two_processes_train_as_one(norm, lr, tmp_path):
     for key in keys:
         torch.testing.assert_close(together[key], alone[key], rtol=1e-3, atol=1e-3, msg=lambda m: f'{key}: {m}')
     if norm == 'groupnorm1':
-        expected, found = (
-            next(csv.DictReader((tmp_path / name / 'digits/summary.csv').open())) for name in '12')
+        expected, found = (rows(tmp_path / name / 'digits/summary.csv')[0] for name in '12')
         for key in ('train_loss', 'eval_loss'):
             assert float(found[key]) == pytest.approx(float(expected[key]), rel=1e-3)
 

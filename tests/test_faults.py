@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from conftest import ROOT
-from test_resume import assert_same, rows
+from test_resume import assert_same, summary
 from train.checkpoints import newest
 
 CASES = {  # the batch of 3 epochs of 6; epoch and batch kept, of checkpoints 2 updates apart; exit status; message
@@ -69,7 +69,7 @@ def test_no_finished_epoch_is_lost(fault, recipe, uninterrupted, tmp_path):
     checkpoint = newest(folder)
     progress = torch.load(checkpoint, weights_only=False)['task_state']
     assert (progress['epoch'], progress['batch']) >= kept
-    assert rows(folder)[:kept[0]] == rows(uninterrupted)[:kept[0]]
+    assert summary(folder)[:kept[0]] == summary(uninterrupted)[:kept[0]]
 
     done = run(['-m', 'train'], recipe, tmp_path, '2')
     assert done.returncode == 0, done.stderr

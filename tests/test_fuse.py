@@ -64,15 +64,6 @@ def test_same_function(name, kwargs):
         assert_same(fused.to(**layout), model.to(**layout), x.to(**layout), tolerance)
 
 
-def test_one_convolution_for_sources_at_hand():
-    model = reparameterize_model(timm.create_model('dresnet18'))
-    projections = [projection for stage in model.connections.values() for projection in stage.projections.values()]
-    assert [(p.sources, p.targets) for p in projections] == [
-        ((1,), (3,)), ((1, 2), (4, 5)), ((3,), (5,)), ((1, 2, 3, 4), (6, 7)), ((5,), (7,)), ((1, 2, 3, 4, 5, 6), (8,))]
-    convs = [module for module in model.connections.modules() if not list(module.children())]
-    assert [conv.in_channels for conv in convs if type(conv) is nn.Conv2d] == [64, 128, 128, 384, 256, 896]
-
-
 @pytest.mark.parametrize('name', ['dresnet18', 'adaresnet18'])
 def test_a_copy_or_in_place(name):
     model, x = create(name)

@@ -1,5 +1,4 @@
 """Models pushed to a Hub with huggingface_hub's own client, and what timm loads from there."""
-import csv
 import hashlib
 import json
 import re
@@ -15,7 +14,7 @@ from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
 import timm_dresnet
-from conftest import ROOT
+from conftest import ROOT, rows
 from hub import bundle, cards
 from hub.push import Upload, build, main
 from hub_server import Fault
@@ -126,8 +125,7 @@ def test_card_of_a_run(alice, push, digits_folder, capsys):
     card = ModelCard(files['README.md'].decode())
     assert card.data.library_name == 'timm' and card.data.license == 'apache-2.0'
     assert card.data.datasets == ['alice/digits'] and 'dresnet' in card.data.tags
-    with (digits_folder / 'summary.csv').open() as f:
-        last = list(csv.DictReader(f))[-1]
+    last = rows(digits_folder / 'summary.csv')[-1]
     top1, top5, loss = (float(last[f'eval_{key}']) for key in ('top1', 'top5', 'loss'))
     assert [result.metric_value for result in card.data.eval_results] == [round(top1, 2), round(top5, 2)]
     assert card.data.eval_results[0].dataset_type == 'alice/digits'
@@ -247,14 +245,12 @@ def test_zoo(alice):
     tags = [repo_id.removeprefix('alice/') for repo_id in alice.repos]
     pretrained = timm.list_pretrained(['*dresnet*', '*adaresnet*'])
     assert sorted(tags) == sorted(name for name in pretrained if '.init_' not in name)
-    with (ROOT / 'timm_dresnet/weights/results.csv').open() as f:
-        results = {row.pop('model'): row for row in csv.DictReader(f)}
+    results = {row.pop('model'): row for row in rows(ROOT / 'timm_dresnet/weights/results.csv')}
     assert set(results) == set(tags)
     for tag in tags:
         files = alice.files(f'alice/{tag}')
         card = ModelCard(files['README.md'].decode())
-        with (cards.ZOO / tag / 'validation.csv').open() as f:
-            measured = next(csv.DictReader(f))
+        measured = rows(cards.ZOO / tag / 'validation.csv')[0]
         assert all(results[tag][key] == measured[key] for key in ('top1', 'top5', 'size', 'images'))
         assert card.data.datasets and card.data.eval_results[0].metric_value == round(float(measured['top1']), 2)
         assert {'args.yaml', 'summary.csv', 'curves.png'} <= set(files)

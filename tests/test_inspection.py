@@ -1,6 +1,4 @@
 """Records and pictures of learned connections, and of the signal."""
-import csv
-
 import pytest
 import timm
 import torch
@@ -13,7 +11,7 @@ from timm.utils import ModelEmaV3
 
 import naive
 import timm_dresnet
-from conftest import ROOT
+from conftest import ROOT, rows
 from test_maths import create
 
 
@@ -58,13 +56,6 @@ def test_wrapped(arch):
     wrapped = torch.compile(ModelEmaV3(nn.DataParallel(model)))
     assert timm_dresnet.connections(wrapped, images()) == timm_dresnet.connections(model, images())
     assert arch in timm_dresnet.plot_connections(wrapped).get_suptitle()
-
-
-def test_no_learned_connections():
-    models = [timm.create_model(name) for name in ('plainnet18', 'test_dresnet', 'test_adaresnet')]
-    for model, message in zip(models, ('PlainNet', 'fused', 'fused')):
-        with pytest.raises(ValueError, match=message):
-            timm_dresnet.connections(timm.utils.reparameterize_model(model))
 
 
 @pytest.mark.parametrize('name,kwargs', [
@@ -176,12 +167,13 @@ def test_signal_of_deep_networks():
     assert ratio > 100 and abs(correlations[1]) < 0.1
 
 
-@pytest.mark.parametrize('model,shape,message', [
-    ('mobilenetv3_small_050', (2, 3, 32, 32), 'ResNets'), ('test_dresnet', (1, 3, 32, 32), 'two images'),
-])
-def test_signal_of_what_cannot_be(model, shape, message):
-    with pytest.raises(ValueError, match=message):
-        timm_dresnet.signal_propagation(timm.create_model(model), torch.randn(shape))
+def test_what_cannot_be_measured():
+    for name, count, message in (('mobilenetv3_small_050', 2, 'ResNets'), ('test_dresnet', 1, 'two images')):
+        with pytest.raises(ValueError, match=message):
+            timm_dresnet.signal_propagation(timm.create_model(name), images(count))
+    for name, message in (('plainnet18', 'PlainNet'), ('test_dresnet', 'fused'), ('test_adaresnet', 'fused')):
+        with pytest.raises(ValueError, match=message):
+            timm_dresnet.connections(timm.utils.reparameterize_model(timm.create_model(name)))
 
 
 def check_picture(path):
@@ -233,10 +225,10 @@ def test_arcs_of_deep_networks_are_the_strongest():
 
 @pytest.mark.parametrize('name,panels,lines', [('dresnet18.tiny_in', 6, 21), ('adaresnet20_cifar.c10', 3, 9)])
 def test_history(name, panels, lines, tmp_path):
-    with (ROOT / 'hub/zoo' / name / 'connections.csv').open() as f:
-        rows = list(csv.DictReader(f))
-    rows += [{**row, 'epoch': -1} for row in rows if row['epoch'] == '0']  # before training
-    figure = timm_dresnet.plot_history(sorted(rows, key=lambda row: int(row['epoch'])), tmp_path / 'history.png', name)
+    history = rows(ROOT / 'hub/zoo' / name / 'connections.csv')
+    history += [{**row, 'epoch': -1} for row in history if row['epoch'] == '0']  # before training
+    history.sort(key=lambda row: int(row['epoch']))
+    figure = timm_dresnet.plot_history(history, tmp_path / 'history.png', name)
     check_picture(tmp_path / 'history.png')
     drawn = [line for axes in figure.axes for line in axes.get_lines()]
     assert len(figure.axes) == panels and len(drawn) == lines and name in figure.get_suptitle()

@@ -1,5 +1,4 @@
 """`python -m train` on scikit-learn's digits."""
-import csv
 import logging
 import re
 from unittest.mock import Mock
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_dresnet
-from conftest import ROOT
+from conftest import ROOT, rows
 from timm_dresnet.folders import replace
 from train.__main__ import main
 from train.arguments import parse_args
@@ -42,12 +41,11 @@ def test_digits(digits_folder):
     assert model.pretrained_cfg['label_names'] == Digits.classes
     measured = accuracy(model, Digits('validation'))
     assert measured >= 0.97
-    rows = list(csv.DictReader((folder / 'summary.csv').open()))
-    assert len(rows) == 20 and float(rows[-1]['eval_top1']) == pytest.approx(100 * measured)
-    rows = list(csv.DictReader((folder / 'connections.csv').open()))
+    summary, history = rows(folder / 'summary.csv'), rows(folder / 'connections.csv')
+    assert len(summary) == 20 and float(summary[-1]['eval_top1']) == pytest.approx(100 * measured)
     records = timm_dresnet.connections(model)
-    assert len(records) == 28 and [int(row['epoch']) for row in rows] == [e for e in range(-1, 20) for _ in records]
-    for row, record in zip(rows[-28:], records):
+    assert len(records) == 28 and [int(row['epoch']) for row in history] == [e for e in range(-1, 20) for _ in records]
+    for row, record in zip(history[-28:], records):
         assert (row['target_name'], row['source_name']) == (record['target_name'], record['source_name'])
         assert float(row['gate']) == pytest.approx(record['gate'])
     again = vars(parse_args(['--config', str(folder / 'args.yaml')]))
@@ -78,13 +76,13 @@ def test_other_arguments(args, tmp_path):
     folder = train(tmp_path, *args)
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     mode = 'RGB' if '--in-chans' in args else 'L'
-    rows = list(csv.DictReader((folder / 'summary.csv').open()))
+    summary = rows(folder / 'summary.csv')
     tolerance = 0.03 if '--amp' in args else 0.003  # measured in bf16
-    written = float(rows[-1]['eval_top1']) / 100
+    written = float(summary[-1]['eval_top1']) / 100
     images = Digits('validation')
     images = [(image.convert(mode), target) for image, target in images]
     assert accuracy(model, images) == pytest.approx(written, abs=tolerance)
-    assert bool(rows[0]['eval_top1']) == ('--val-interval' not in args)
+    assert bool(summary[0]['eval_top1']) == ('--val-interval' not in args)
     assert (folder / 'connections.png').exists() == (args[1] != 'test_resnet')
     assert bool(list(folder.glob('events.out.tfevents*'))) == ('--log-tensorboard' in args)
     if '--pretrained' in args:  # tag and classes of the weights it started from are gone
