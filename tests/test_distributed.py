@@ -36,21 +36,17 @@ def weights(output):
     return load_file(output / 'digits' / 'model.safetensors')
 
 
-@pytest.mark.parametrize('norm,lr', [('groupnorm1', 0.01), ('batchnorm', 1e-9)])
-def test_two_processes_train_as_one(norm, lr, tmp_path):
-    """With the same batches. Each normalizes its half by its own statistics, which are averaged after each epoch."""
-    args = ['--epochs', 1, '--lr', lr, '--no-aug', '--grad-accum-steps', 2, '--model-kwargs', f'norm_layer={norm}']
+def test_two_processes_train_as_one(tmp_path):
+    """On the same batches, half of each, by gradients that are averaged. Batch norms would see halves."""
+    args = ['--epochs', 1, '--no-aug', '--grad-accum-steps', 2, '--model-kwargs', 'norm_layer=groupnorm1']
     for processes in (1, 2):
         finish(start(tmp_path / str(processes), processes, *args, '--batch-size', 64 // processes))
     alone, together = (weights(tmp_path / name) for name in '12')
-    keys = [key for key in alone if norm == 'groupnorm1' or key.endswith('running_mean')]
-    assert keys
-    for key in keys:
-        torch.testing.assert_close(together[key], alone[key], rtol=1e-3, atol=1e-3, msg=lambda m: f'{key}: {m}')
-    if norm == 'groupnorm1':
-        expected, found = (rows(tmp_path / name / 'digits/summary.csv')[0] for name in '12')
-        for key in ('train_loss', 'eval_loss'):
-            assert float(found[key]) == pytest.approx(float(expected[key]), rel=1e-3)
+    for key in alone:
+        torch.testing.assert_close(together[key], alone[key], rtol=1e-3, atol=1e-4, msg=lambda m: f'{key}: {m}')
+    expected, found = (rows(tmp_path / name / 'digits/summary.csv')[0] for name in '12')
+    for key in ('train_loss', 'eval_loss'):
+        assert float(found[key]) == pytest.approx(float(expected[key]), rel=1e-3)
 
 
 def test_synchronized_batch_norm_needs_cuda():
