@@ -9,6 +9,7 @@ import pytest
 import timm
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from conftest import ROOT, rows
 from timm_dresnet.resnet import CIFAR10_MEAN
@@ -143,14 +144,19 @@ def test_validate_a_folder_of_images(digits_folder, tmp_path, capsys):
     assert (line['model'], line['images']) == (str(digits_folder), str(len(paths) - 1)) and float(line['top1']) > 90
 
 
-def test_validate_weights_alone(digits_folder, capsys):
+def test_validate_weights_alone(digits_folder, tmp_path, capsys):
+    """Fused ones too."""
     arguments = ['--dataset', 'digits', '--workers', '0', '--img-size', '16']
-    weights = str(digits_folder / 'model.safetensors')
-    of_weights = [weights, '--arch', 'dresnet20_cifar', '--num-classes', '10', '--in-chans', '1']
-    validate.main([str(digits_folder), *arguments])
-    of_folder = capsys.readouterr().out.splitlines()[-1]
-    validate.main([*of_weights, *arguments])
-    assert capsys.readouterr().out.splitlines()[-1].split('|')[3:5] == of_folder.split('|')[3:5]
+    weights, fused = str(digits_folder / 'model.safetensors'), str(tmp_path / 'fused.safetensors')
+    model = timm.create_model(f'local-dir:{digits_folder}', pretrained=True)
+    save_file(timm.utils.reparameterize_model(model.eval()).state_dict(), fused)
+    measured = []
+    for file, kwargs in ((weights, []), (fused, ['--model-kwargs', 'inference_mode=True'])):
+        validate.main([file, '--arch', 'dresnet20_cifar', '--num-classes', '10', '--in-chans', '1', *kwargs, *arguments])
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert file in line
+        measured.append(line.split('|')[3:5])
+    assert measured[0] == measured[1]
     for args, word in (([weights], '--arch'), (['plainnet18'], 'no folder, file or pretrained model plainnet18'),
                        ([weights, '--arch', 'resnet20_cifar'], weights),
                        ([str(digits_folder), '--val-split', 'test'], 'validation')):
