@@ -147,12 +147,13 @@ def test_validate_a_folder_of_images(digits_folder, tmp_path, capsys):
 def test_validate_weights_alone(digits_folder, tmp_path, capsys):
     """Fused ones too."""
     arguments = ['--dataset', 'digits', '--workers', '0', '--img-size', '16']
+    network = ['--arch', 'dresnet20_cifar', '--num-classes', '10', '--in-chans', '1']
     weights, fused = str(digits_folder / 'model.safetensors'), str(tmp_path / 'fused.safetensors')
     model = timm.create_model(f'local-dir:{digits_folder}', pretrained=True)
     save_file(timm.utils.reparameterize_model(model.eval()).state_dict(), fused)
     measured = []
     for file, kwargs in ((weights, []), (fused, ['--model-kwargs', 'inference_mode=True'])):
-        validate.main([file, '--arch', 'dresnet20_cifar', '--num-classes', '10', '--in-chans', '1', *kwargs, *arguments])
+        validate.main([file, *network, *kwargs, *arguments])
         line = capsys.readouterr().out.splitlines()[-1]
         assert file in line
         measured.append(line.split('|')[3:5])
