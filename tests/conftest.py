@@ -1,3 +1,4 @@
+import csv
 import os
 import subprocess
 import sys
@@ -18,6 +19,12 @@ HUB = HubServer()
 HOME = tempfile.TemporaryDirectory(prefix='hf-home-')
 os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HOME.name, HF_HUB_DISABLE_XET='1')
 os.environ.pop('HF_TOKEN', None)
+
+
+def rows(path):
+    """The rows of a CSV file, as dictionaries."""
+    with open(path, newline='') as f:
+        return list(csv.DictReader(f))
 
 
 @pytest.fixture

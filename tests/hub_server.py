@@ -12,24 +12,20 @@ import threading
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Dict, List, Optional, Tuple
 from urllib.parse import unquote, urlsplit
 
-import yaml
-
-TOKENS = {'hf_writer': ('alice', 'write'), 'hf_reader': ('alice', 'read'), 'hf_other': ('bob', 'write')}
-_REPO = r'(?P<repo>[^/]+/[^/]+)'
-_REV = r'(?P<rev>[^/]+)'
+TOKEN = 'hf_writer'  # without it, one may read
+REPO, REV = r'(?P<repo>[^/]+/[^/]+)', r'(?P<rev>[^/]+)'
 
 
 @dataclass
 class Repo:
     """A repository. A commit is its files by path."""
+    refs: dict = field(default_factory=dict)
+    commits: dict = field(default_factory=dict)
     private: bool = False
-    refs: Dict[str, str] = field(default_factory=dict)
-    commits: Dict[str, Dict[str, bytes]] = field(default_factory=dict)
 
-    def commit(self, ref: str, files: Dict[str, bytes]) -> str:
+    def commit(self, ref, files):
         oid = hashlib.sha1(f'{len(self.commits)}'.encode()).hexdigest()
         self.commits[oid], self.refs[ref] = files, oid
         return oid
@@ -40,6 +36,7 @@ class Fault:
     """What goes wrong with requests whose method and path match."""
     request: str  # a pattern such as 'POST */commit/*'
     status: int = 0  # to answer with; 0 cuts the connection
+    message: str = 'injected'
     times: int = 1
     after: bool = False  # the request has its effect before the connection is cut
     corrupt: bool = False  # the last byte of the file is another
@@ -48,97 +45,93 @@ class Fault:
 class Refused(Exception):
     """An answer other than 200."""
 
-    def __init__(self, status: int, message: str, code: str = '', **content: Any) -> None:
-        self.status, self.content = status, dict(error=message, **content)
-        self.headers = {'X-Error-Message': message, **({'X-Error-Code': code} if code else {})}
-
 
 class HubServer(ThreadingHTTPServer):
     """The server. Tests look at its state, and change it."""
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(('127.0.0.1', 0), _Handler)
+    def __init__(self):
+        super().__init__(('127.0.0.1', 0), Handler)
         self.url = f'http://127.0.0.1:{self.server_port}'
         self.reset()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
-    def reset(self) -> None:
-        self.repos: Dict[str, Repo] = {}
-        self.uploads: Dict[str, bytes] = {}  # by SHA-256
-        self.faults: List[Fault] = []
-        self.requests: List[str] = []
+    def reset(self):
+        self.repos, self.uploads, self.faults, self.requests = {}, {}, [], []
 
-    def add_repo(self, repo_id: str, files: Optional[Dict[str, bytes]] = None, private: bool = False) -> Repo:
+    def add_repo(self, repo_id, files=()):
         """Make a repository with one commit."""
-        repo = self.repos[repo_id] = Repo(private)
-        repo.commit('main', {'.gitattributes': b'*.safetensors filter=lfs diff=lfs merge=lfs -text\n', **(files or {})})
+        repo = self.repos[repo_id] = Repo()
+        repo.commit('main', {'.gitattributes': b'*.safetensors filter=lfs diff=lfs merge=lfs -text\n', **dict(files)})
         return repo
 
-    def files(self, repo_id: str, ref: str = 'main') -> Dict[str, bytes]:
+    def files(self, repo_id, ref='main'):
         repo = self.repos[repo_id]
         return repo.commits[repo.refs[ref]]
 
-    def handle_error(self, request, client_address) -> None:
+    def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], OSError):  # of connections that are cut
             super().handle_error(request, client_address)
 
 
-def _file_oid(path: str, data: bytes) -> str:
+def file_oid(path, data):
     if path.endswith('.safetensors'):  # in git-LFS
         return hashlib.sha256(data).hexdigest()
     return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
-    server: HubServer
-    routes: List[Tuple[str, str]] = [
-        (r'POST /api/repos/create', 'create'),
-        (r'POST /api/validate-yaml', 'validate_yaml'),
-        (rf'GET /api/models/{_REPO}(/revision/{_REV})?', 'info'),
-        (rf'POST /api/models/{_REPO}/branch/{_REV}', 'branch'),
-        (rf'POST /api/models/{_REPO}/preupload/{_REV}', 'preupload'),
-        (rf'POST /api/models/{_REPO}/commit/{_REV}', 'commit'),
-        (rf'POST /{_REPO}\.git/info/lfs/objects/batch', 'lfs_batch'),
-        (r'PUT /lfs/(?P<oid>[0-9a-f]{64})', 'lfs_put'),
-        (rf'(HEAD|GET) /{_REPO}/resolve/{_REV}/(?P<path>.+)', 'resolve'),
-    ]
+    routes = {
+        r'POST /api/repos/create': 'create',
+        r'POST /api/validate-yaml': 'validate_yaml',
+        rf'GET /api/models/{REPO}(/revision/{REV})?': 'info',
+        rf'POST /api/models/{REPO}/branch/{REV}': 'branch',
+        rf'POST /api/models/{REPO}/preupload/{REV}': 'preupload',
+        rf'POST /api/models/{REPO}/commit/{REV}': 'commit',
+        rf'POST /{REPO}\.git/info/lfs/objects/batch': 'lfs_batch',
+        r'PUT /lfs/(?P<oid>[0-9a-f]{64})': 'lfs_put',
+        rf'(HEAD|GET) /{REPO}/resolve/{REV}/(?P<path>.+)': 'resolve',
+    }
 
-    def log_message(self, *args) -> None:
+    def log_message(self, *args):
         pass
 
-    def handle_any(self) -> None:
+    def handle_any(self):
         url = urlsplit(self.path)
         self.create_pr = 'create_pr' in url.query
         self.body = self.rfile.read(int(self.headers.get('Content-Length', 0)))
         request = f'{self.command} {url.path}'
         self.server.requests.append(request)
-        fault = next((f for f in self.server.faults if f.times and fnmatch(request, f.request)), Fault('', times=0))
-        cut = fault.times and not (fault.status or fault.corrupt)
+        fault = next((f for f in self.server.faults if f.times and fnmatch(request, f.request)), Fault('', 200))
         fault.times -= 1
+        cut = not fault.status and not fault.corrupt
         if cut and not fault.after:
             return self.cut()
         try:
-            if fault.status:
-                raise Refused(fault.status, f'injected {fault.status}')
-            name, match = next((name, match) for pattern, name in self.routes
-                               if (match := re.fullmatch(pattern, request)))
-            result = getattr(self, name)(**{key: unquote(v) for key, v in match.groupdict().items() if v})
+            if fault.status not in (0, 200):
+                raise Refused(fault.status, fault.message)
+            method, match = next(
+                (method, match) for route, method in self.routes.items() if (match := re.fullmatch(route, request)))
+            if self.command == 'POST' and self.headers.get('Authorization') != f'Bearer {TOKEN}':
+                raise Refused(401, 'Invalid credentials in Authorization header')
+            result = getattr(self, method)(**{key: unquote(v) for key, v in match.groupdict().items() if v})
         except Refused as e:
-            return self.answer(e.status, json.dumps(e.content).encode(), e.headers)
+            status, message, *code = e.args
+            headers = {'X-Error-Message': message, **({'X-Error-Code': code[0]} if code else {})}
+            return self.answer(status, json.dumps(dict(error=message)).encode(), headers)
         if cut:
             return self.cut()
-        data, headers = result if name == 'resolve' else (json.dumps(result).encode(), {})
+        data, headers = result if method == 'resolve' else (json.dumps(result).encode(), {})
         self.answer(200, data[:-1] + bytes([data[-1] ^ 1]) if fault.corrupt else data, headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
-    def cut(self) -> None:
+    def cut(self):
         self.close_connection = True
         self.connection.close()
 
-    def answer(self, status: int, data: bytes, headers: Dict[str, str]) -> None:
+    def answer(self, status, data, headers):
         self.send_response(status)
         for key, value in {**headers, 'Content-Length': str(len(data))}.items():
             self.send_header(key, value)
@@ -146,76 +139,51 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != 'HEAD':
             self.wfile.write(data)
 
-    def user(self) -> Tuple[str, str]:
-        token = self.headers.get('Authorization', '').removeprefix('Bearer ')
-        if token and token not in TOKENS:
-            raise Refused(401, 'Invalid credentials in Authorization header')
-        return TOKENS.get(token, ('', ''))
+    def repo(self, repo_id):
+        if repo_id not in self.server.repos:
+            raise Refused(404, 'Repository not found', 'RepoNotFound')
+        return self.server.repos[repo_id]
 
-    def repo(self, repo_id: str, write: bool = False) -> Repo:
-        name, role = self.user()
-        repo = self.server.repos.get(repo_id)
-        owned = repo_id.split('/')[0] == name
-        if repo is None or (repo.private and not owned):
-            raise Refused(404 if name else 401, 'Repository not found', 'RepoNotFound')
-        if write and not (owned and role == 'write'):
-            raise Refused(403, 'You need write access to this repository')
-        return repo
-
-    def create(self) -> Any:
-        name, role = self.user()
+    def create(self):
         wanted = json.loads(self.body)
-        repo_id = f'{wanted.get("organization") or name}/{wanted["name"]}'
-        if role != 'write' or repo_id.split('/')[0] != name:
-            raise Refused(403, f"You don't have the rights to create {repo_id}")
-        url = f'{self.server.url}/{repo_id}'
-        if repo_id in self.server.repos:
-            raise Refused(409, 'You already created this model repo', url=url)
-        self.server.add_repo(repo_id, private=wanted.get('visibility') == 'private')
-        return {'url': url, 'name': repo_id, 'id': repo_id}
+        repo_id = f'alice/{wanted["name"]}'
+        if repo_id not in self.server.repos:
+            self.server.add_repo(repo_id).private = wanted.get('visibility') == 'private'
+        return {'url': f'{self.server.url}/{repo_id}', 'name': repo_id, 'id': repo_id}
 
-    def validate_yaml(self) -> Any:
-        front_matter = re.match(r'---\n(.*?)\n---\n', json.loads(self.body)['content'], re.DOTALL)
-        if not isinstance(yaml.safe_load(front_matter[1]).get('license', ''), str):
-            raise Refused(400, 'Invalid metadata', errors=[{'message': '"license" must be a string'}])
+    def validate_yaml(self):
         return {'errors': [], 'warnings': []}
 
-    def info(self, repo: str, rev: str = 'main') -> Any:
+    def info(self, repo, rev='main'):
         found = self.repo(repo)
         oid = found.refs[rev]
         return {'id': repo, 'sha': oid, 'siblings': [{'rfilename': path} for path in found.commits[oid]]}
 
-    def branch(self, repo: str, rev: str) -> Any:
-        found = self.repo(repo, write=True)
-        found.refs[rev] = found.refs['main']
+    def branch(self, repo, rev):
+        self.repo(repo).refs[rev] = self.repo(repo).refs['main']
         return {}
 
-    def preupload(self, repo: str, rev: str) -> Any:
-        found = self.repo(repo, write=not self.create_pr)
-        paths, files = [file['path'] for file in json.loads(self.body)['files']], found.commits[found.refs[rev]]
+    def preupload(self, repo, rev):
+        files = self.server.files(repo, rev)
         return {'files': [{
             'path': path, 'uploadMode': 'lfs' if path.endswith('.safetensors') else 'regular', 'shouldIgnore': False,
-            'oid': _file_oid(path, files[path]) if path in files else None,
-        } for path in paths]}
+            'oid': file_oid(path, files[path]) if path in files else None,
+        } for path in (file['path'] for file in json.loads(self.body)['files'])]}
 
-    def lfs_batch(self, repo: str) -> Any:
-        self.repo(repo)
+    def lfs_batch(self, repo):
         return {'transfer': 'basic', 'objects': [
             {**o, 'actions': {'upload': {'href': f'{self.server.url}/lfs/{o["oid"]}'}}}
             for o in json.loads(self.body)['objects']
         ]}
 
-    def lfs_put(self, oid: str) -> Any:
+    def lfs_put(self, oid):
         self.server.uploads[oid] = self.body
         return {}
 
-    def commit(self, repo: str, rev: str) -> Any:
-        found = self.repo(repo, write=not self.create_pr)
-        files = dict(found.commits[found.refs[rev]])
+    def commit(self, repo, rev):
+        found, files = self.repo(repo), dict(self.server.files(repo, rev))
         for line in self.body.decode().splitlines():
             kind, value = json.loads(line).values()
-            if kind == 'header' and value.get('parentCommit', found.refs[rev]) != found.refs[rev]:
-                raise Refused(412, 'A commit has happened since. Please refresh and try again.')
             if kind == 'file':
                 files[value['path']] = base64.b64decode(value['content'])
             elif kind == 'lfsFile':
@@ -228,10 +196,10 @@ class _Handler(BaseHTTPRequestHandler):
         pull_request = {'pullRequestUrl': f'{url}/discussions/{number}'} if self.create_pr else {}
         return {'success': True, 'commitOid': oid, 'commitUrl': f'{url}/commit/{oid}', **pull_request}
 
-    def resolve(self, repo: str, rev: str, path: str) -> Tuple[bytes, Dict[str, str]]:
+    def resolve(self, repo, rev, path):
         found = self.repo(repo)
         oid = found.refs.get(rev, rev)
         if path not in found.commits[oid]:
             raise Refused(404, 'Entry not found', 'EntryNotFound')
         data = found.commits[oid][path]
-        return data, {'X-Repo-Commit': oid, 'ETag': f'"{_file_oid(path, data)}"'}
+        return data, {'X-Repo-Commit': oid, 'ETag': f'"{file_oid(path, data)}"'}

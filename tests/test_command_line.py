@@ -14,7 +14,7 @@ from PIL import Image
 from timm.models import save_for_hf
 
 import timm_dresnet
-from conftest import ROOT
+from conftest import ROOT, rows
 from timm_dresnet.images import Classifier
 from timm_dresnet.resnet import CIFAR10_CLASSES
 
@@ -62,19 +62,15 @@ def test_list(run):
     lines = out.splitlines()
     assert lines[0].split() == ['model', 'parameters', 'image_size', 'weights', 'top1', 'dataset']
     assert [line.split()[0] for line in lines[1:]] == ['test_adaresnet.c10', 'test_dresnet.c10']
-    with (ROOT / 'hub/zoo/test_dresnet.c10/validation.csv').open() as f:
-        measured = next(csv.DictReader(f))
+    measured = rows(ROOT / 'hub/zoo/test_dresnet.c10/validation.csv')[0]
     assert f'{float(measured["top1"]):.2f} %' in lines[2] and '0.10 M' in lines[2] and 'package' in lines[2]
 
     records = json.loads(run('list', '--json')[1])
-    names = {record['model'].split('.')[0] for record in records}
-    assert names == {name for name in timm.list_models() if hasattr(timm_dresnet, name)}
     records = {record['model']: record for record in records}
     assert records['adaresnet50.init_a1_in1k']['weights'] == 'hub'
     assert records['dresnet18.init_a1_in1k']['parameters'] == 12_475_837  # of 1,000 classes
     assert records['dresnet18.tiny_in']['parameters'] == 12_475_837 - 800 * 513
     assert run('list', 'resnet56*', '--quiet') == (0, 'resnet56_cifar\n', '')
-    assert run('list', 'resnet56*', '--pretrained')[0] == 1
     assert "'nothing*'" in run('list', 'nothing*')[2]
 
 
@@ -101,7 +97,6 @@ def test_classify(run, photos):
 @pytest.mark.parametrize('names,classes,expected', [
     (['n01443537', 'n99999999'], 2, ['goldfish, Carassius auratus', 'n99999999']),
     ({'0': 'cat', '2': 'owl'}, 3, ['cat', 'class 1', 'owl']),
-    (None, 3, ['class 0', 'class 1', 'class 2']),
     (['cat', 'owl'], 3, ['class 0', 'class 1', 'class 2']),  # those of a classifier that was replaced
     (None, 1000, ['tench, Tinca tinca', 'goldfish, Carassius auratus']),
 ])
@@ -112,16 +107,13 @@ def test_class_names(names, classes, expected):
 
 
 def test_classify_turns_photographs_upright(run, tmp_path):
-    pixels = np.zeros((32, 32, 3), np.uint8)
-    pixels[:10] = 255, 0, 0
-    image = Image.fromarray(pixels)
+    image = Image.linear_gradient('L').resize((32, 32)).convert('RGB')
     image.save(tmp_path / 'upright.png')
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     image.rotate(90).save(tmp_path / 'turned.png', exif=exif)
-    first, second = [json.loads(line)['classes'] for line in run(
-        'classify', 'upright.png', 'turned.png', '--json')[1].splitlines()]
-    assert [c['index'] for c in first] == [c['index'] for c in second]
+    upright, turned = run('classify', 'upright.png', 'turned.png', '--json')[1].splitlines()
+    assert json.loads(upright)['classes'] == json.loads(turned)['classes']
 
 
 def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
@@ -131,13 +123,9 @@ def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
     assert status == 1 and len(out.splitlines()) == 1 and 'a/0.png: ' in out
     first, second, third = err.splitlines()
     assert "'text.png' cannot be read as an image" in first and "no file 'missing.png'" in second and 'cut.jpg' in third
-    paths = ['missing.png', photos / 'a/0.png', photos / 'a/0.png']  # line by line what was asked
-    quiet = run('classify', *paths, '-q')[1].split('\n')
-    assert quiet[0] == '' and quiet[1] == quiet[2] != ''
-    records = [json.loads(line) for line in run('classify', *paths, '--json')[1].splitlines()]
-    assert 'missing.png' in records[0]['error'] and records[1] == records[2]
-    (tmp_path / 'empty').mkdir()
-    assert run('classify', 'empty')[0] == 1
+    for option in ('-q', '--json'):  # line by line what was asked
+        missing, first, second = run('classify', 'missing.png', *2 * [photos / 'a/0.png'], option)[1].splitlines()
+        assert first == second != '' and (missing == '' if option == '-q' else 'missing.png' in missing)
 
 
 @pytest.mark.parametrize('args,words', [
@@ -146,17 +134,9 @@ def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
     (['classify', 'x.png', '--model', 'resnet20_cifar'], ['resnet20_cifar', 'without weights']),
     (['classify', 'x.png', '--model', 'output/none'], ['no folder', 'output/none']),
     (['classify', 'x.png', '--model', '.'], ['config.json']),
-    (['connections', 'plainnet20_cifar.c10'], ['plainnet20_cifar', "'c10'"]),
-    (['connections', 'test_dresnet', '--images', 'nowhere.png'], ['nowhere.png']),
     (['connections', 'test_dresnet', '--out', 'map.xyz'], ['xyz', 'png']),
-    (['signal', 'mobilenetv3_small_050'], ['ResNets']),
-    (['fuse', 'plainnet20_cifar', 'out'], ['without weights']),
     (['prune', 'test_adaresnet', 'out', '--keep', '0.5'], ['AdaResNet', 'DResNet']),
-    (['prune', 'test_dresnet', 'out', '--keep', '2'], ['between 0 and 1']),
-    (['prune', 'test_dresnet', 'out', '--min-effect', '0.1'], ['images']),
-    (['prune', 'test_dresnet', 'out', '--min-gate', 'nan'], ['min_gate', 'nan']),
     (['fuse', 'test_dresnet', '/proc/nowhere/fused'], ['/proc/nowhere/fused', 'cannot be written']),
-    (['connections', 'test_dresnet', '--out', '/proc/map.png'], ['/proc/map.png', 'cannot be written']),
     (['fuse', 'test_dresnet', 'photos'], ['photos', 'not an empty folder']),
     (['connections', 'test_dresnet', '--images', '-'], ['no image']),
 ], ids=' '.join)
@@ -170,9 +150,7 @@ def test_what_cannot_be_done(run, tmp_path, args, words):
 
 
 @pytest.mark.parametrize('args', [
-    [], ['unknown'], ['classify'], ['classify', 'x.png', '--top', '0'], ['prune', 'test_dresnet', 'out'],
-    ['prune', 'test_dresnet', 'out', '--keep', '0.5', '--min-gate', '1'],
-    ['export', 'test_dresnet', 'out', '--format', 'zip'],
+    [], ['classify', 'x.png', '--top', '0'], ['prune', 'test_dresnet', 'out', '--keep', '0.5', '--min-gate', '1'],
 ], ids=str)
 def test_wrong_command_lines(run, args):
     status, out, err = run(*args)
@@ -191,8 +169,7 @@ def test_connections(run, photos, tmp_path):
     expected = timm_dresnet.connections(model)
     assert json.loads(run('connections', 'test_dresnet', '--json')[1]) == expected
     status, out, _ = run('connections', 'test_dresnet.c10', '--csv')
-    rows = list(csv.DictReader(io.StringIO(out)))
-    assert [float(row['gate']) for row in rows] == [record['gate'] for record in expected]
+    assert [float(row['gate']) for row in csv.DictReader(io.StringIO(out))] == [record['gate'] for record in expected]
     table = run('connections', 'test_dresnet', '--images', photos)[1].splitlines()
     assert table[0].split()[-2:] == ['effect', 'share'] and len(table) == 1 + len(expected)
     save_for_hf(timm.create_model('test_adaresnet'), 'ada', safe_serialization=True)

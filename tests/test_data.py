@@ -1,8 +1,7 @@
 """What a run is trained on: timm's data sets, the same images in the same order however they are loaded."""
-import io
 import itertools
 import json
-import tarfile
+import shutil
 
 import numpy as np
 import pytest
@@ -82,33 +81,24 @@ def test_an_epoch_from_any_batch_on():
     assert not torch.equal(batches(loader, 0)[0][0], whole[0][0])
 
 
-@pytest.mark.parametrize('folders,is_training,words', [
-    (['train', 'test'], False, ['no folder validation', 'test and train', '--val-split']),
-    (['cat', 'dog'], True, ['no folder train:', '--train-split']),
-])
-def test_missing_split(image_folder, tmp_path, folders, is_training, words):
-    for name in folders:
-        (tmp_path / name).symlink_to(image_folder / 'train')
-    with pytest.raises(ValueError) as error:
-        open_dataset(arguments('--data-dir', tmp_path), is_training, 3)
-    assert all(word in str(error.value) for word in [str(tmp_path), *words])
+def test_missing_split(image_folder, tmp_path):
+    (tmp_path / 'train').symlink_to(image_folder / 'train')
+    with pytest.raises(ValueError, match='no folder validation.* train.*--val-split') as error:
+        open_dataset(arguments('--data-dir', tmp_path), False, 3)
+    assert str(tmp_path) in str(error.value)
     assert len(open_dataset(arguments('--data-dir', image_folder / 'validation'), False, 3)) == 60  # classes alone
 
 
 def test_growing_resolution():
     args = [
         '--dataset', 'digits', '--epochs', 3, '--train-img-sizes', 8, 12, 16, '--train-size-schedule', 'progressive']
-    one = train_loader(*args, '--train-size-schedule-spread', 0, '--train-size-random-mix', 0)
+    fixed = train_loader(*args, '--train-size-schedule-spread', 0, '--train-size-random-mix', 0)
     for epoch, size in enumerate((8, 12, 16)):
-        epoch_batches = batches(one, epoch)
-        assert len(epoch_batches) == len(one) == 1437 // 32
-        assert {images.shape for images, _ in epoch_batches} == {(32, 3, size, size)}
-
-    drawn, loaded = train_loader(*args), train_loader(*args, '--workers', 2)
-    whole = batches(drawn, 1)
+        assert {images.shape for images, _ in batches(fixed, epoch)} == {(32, 3, size, size)}
+    mixed = train_loader(*args)
+    whole = batches(mixed, 1)
     assert {images.shape[-1] for images, _ in whole} == {8, 12, 16}
-    assert_equal(batches(loaded, 1), whole)
-    assert_equal(batches(drawn, 1, 17), whole[17:])
+    assert_equal(batches(train_loader(*args, '--workers', 2), 1, 17), whole[17:])
 
 
 def test_two_processes_share_a_batch_of_one():
@@ -122,37 +112,31 @@ def test_two_processes_share_a_batch_of_one():
             assert torch.equal(images[rank::2], half) and torch.equal(targets[rank::2], half_targets)
 
 
-def test_repeated_augmentation():
+def test_repeated_augmentation_and_the_end_of_mixup():
     args = '--dataset', 'digits', '--aug-repeats', 3, '--no-aug'
     images = batches(train_loader(*args))[0][0]
     assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
     assert not torch.equal(images[2], images[3])
     assert not torch.equal(images, batches(train_loader(*args, '--seed', 43))[0][0])
 
-
-def test_mixup_ends():
     loader = train_loader('--dataset', 'digits', '--mixup', 1, '--mixup-off-epoch', 1, '--workers', 1)
-    assert (batches(loader, 0, count=1)[0][1].max(1).values < 0.9).any()
-    loader.mixup_enabled = False
-    targets = batches(loader, 1, count=1)[0][1]
-    assert (targets.max(1).values > 0.9).all()
+    for epoch, enabled in enumerate((True, False)):
+        loader.mixup_enabled = enabled
+        assert (batches(loader, epoch, count=1)[0][1].max(1).values < 0.9).any() == enabled
 
 
 def shards(image_folder, root):
     """The image folder as WebDataset: two shards of each split."""
+    webdataset = pytest.importorskip('webdataset')
     info = {}
     for split in ('train', 'validation'):
         files = sorted(image_folder.glob(f'{split}/*/*.png'))
-        names, lengths = [], []
-        for part in range(2):
-            names.append(f'digits-{split}-{part}.tar')
-            lengths.append(len(files[part::2]))
-            with tarfile.open(root / names[-1], 'w') as tar:
+        names = [f'digits-{split}-{part}.tar' for part in range(2)]
+        for part, name in enumerate(names):
+            with webdataset.TarWriter(str(root / name)) as tar:
                 for file in files[part::2]:
-                    for ending, data in (('png', file.read_bytes()), ('cls', file.parent.name[-1].encode())):
-                        member = tarfile.TarInfo(f'{file.stem}.{ending}')
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
+                    tar.write(dict(__key__=file.stem, png=file.read_bytes(), cls=file.parent.name[-1]))
+        lengths = [len(files[part::2]) for part in range(2)]
         info[split] = dict(name=split, filenames=names, shard_lengths=lengths, num_samples=len(files))
     (root / '_info.json').write_text(json.dumps(dict(splits=info)))
     return root
@@ -193,30 +177,22 @@ def test_kinds_of_data_sets(kind, image_folder, tmp_path):
     assert_equal(batches(train_loader(*args), epoch=1), whole)
 
 
-@pytest.fixture(params=[('empty', []), ('truncated', ['--workers', 1]), ('text', ['--in-memory'])], ids=str)
+@pytest.fixture(params=[('truncated', ['--workers', 1]), ('text', ['--in-memory'])], ids=str)
 def bad_folder(request, image_folder, tmp_path):
     """The image folder with one file that is no image. Returns the folder, the file, and how it is to be read."""
     kind, args = request.param
-    for path in image_folder.glob('*/*/*.png'):
-        copy = tmp_path / path.relative_to(image_folder)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.symlink_to(path)
+    shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
     bad = sorted(tmp_path.glob('train/*/*.png'))[100]
-    data = bad.read_bytes()
-    bad.unlink()
-    bad.write_bytes({'empty': b'', 'truncated': data[:len(data) // 2], 'text': b'no image, <html>'}[kind])
+    bad.write_bytes(bad.read_bytes()[:60] if kind == 'truncated' else b'no image, <html>')
     return tmp_path, bad, args
 
 
-def test_bad_images_are_named(bad_folder):
+def test_bad_images_are_named_or_skipped_and_counted(bad_folder):
     folder, bad, args = bad_folder
     with pytest.raises(BadImageError) as error:
         batches(train_loader('--data-dir', folder, '--batch-size', 30, *args))
     assert str(error.value).startswith(f'{bad} cannot be read') and '\n' not in str(error.value)
 
-
-def test_bad_images_are_skipped_and_counted(bad_folder):
-    folder, bad, args = bad_folder
     args = arguments('--data-dir', folder, '--bad-images', 'skip', '--no-aug', '--batch-size', 240, *args)
     dataset = open_dataset(args, True, 3)
     (images, _), = batches(create_train_loader(args, dataset, SIZE, 10, ALONE))
@@ -229,8 +205,7 @@ def test_bad_images_are_skipped_and_counted(bad_folder):
     assert np.allclose(images[copies[0]], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize('limit', [None, 150])
-def test_bad_images_are_left_out_of_validation(limit, bad_folder):
+def test_bad_images_are_left_out_of_validation(bad_folder):
     folder, bad, args = bad_folder
     model = timm.create_model('test_adaresnet', num_classes=10)
     args = arguments('--data-dir', folder, '--val-split', 'train', '--bad-images', 'skip', *args)
@@ -241,10 +216,10 @@ def test_bad_images_are_left_out_of_validation(limit, bad_folder):
         loader.sampler.num_valid_samples = limit  # the others fill batches of several processes
         return validate(model, loader, args, ALONE), count_bad_images([dataset], ALONE)
 
-    measured, count = measure(limit)
+    measured, count = measure(150)
     assert count == 1
     bad.unlink()
-    assert measured == pytest.approx(measure(limit and limit - 1)[0])
+    assert measured == pytest.approx(measure(149)[0])
 
 
 def test_crop_mode_of_the_model(image_folder):
@@ -255,10 +230,12 @@ def test_crop_mode_of_the_model(image_folder):
         assert torch.equal(loader.dataset.transform(image), expected(image)), mode
 
 
-def test_all_images_bad(tmp_path):
+def test_folders_without_images(tmp_path):
+    (tmp_path / 'train/a').mkdir(parents=True)
+    with pytest.raises(ValueError, match='0 images'):
+        train_loader('--data-dir', tmp_path)
     for i in range(4):
-        (tmp_path / 'train' / 'a').mkdir(parents=True, exist_ok=True)
-        (tmp_path / 'train' / 'a' / f'{i}.png').write_bytes(b'')
+        (tmp_path / f'train/a/{i}.png').write_bytes(b'')
     with pytest.raises(BadImageError, match='None of the 4 images'):
         batches(train_loader('--data-dir', tmp_path, '--bad-images', 'skip', '--batch-size', 4))
 
@@ -273,9 +250,3 @@ def test_errors(args, words):
     with pytest.raises(ValueError) as error:
         train_loader(*args)
     assert all(word in str(error.value) for word in words)
-
-
-def test_empty_folder(tmp_path):
-    (tmp_path / 'train').mkdir()
-    with pytest.raises(ValueError, match='0 images'):
-        train_loader('--data-dir', tmp_path)

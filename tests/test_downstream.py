@@ -86,11 +86,10 @@ def test_transformers_backbone(name):
 @pytest.mark.parametrize('name', MODELS)
 def test_fastai(name, tmp_path):
     vision = pytest.importorskip('fastai.vision.all')
-    random = np.random.default_rng(0)
-    for label in ('cat', 'dog'):
-        (tmp_path / label).mkdir()
-        for i in range(8):
-            Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / label / f'{i}.png')
+    for i in range(16):
+        folder = tmp_path / ('cat' if i % 2 else 'dog')
+        folder.mkdir(exist_ok=True)
+        Image.effect_noise((64, 64), 60).convert('RGB').save(folder / f'{i}.png')
     data = vision.ImageDataLoaders.from_folder(
         tmp_path, valid_pct=0.25, bs=4, item_tfms=vision.Resize(64), num_workers=0)
     learner = vision.vision_learner(data, name, pretrained=False, metrics=vision.accuracy)
@@ -119,10 +118,7 @@ def test_lightning(name, tmp_path):
     options = dict(accelerator='cpu', logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
     trainer = lightning.Trainer(max_epochs=1, **options)
     trainer.fit(Module(), data)
-    trainer.save_checkpoint(tmp_path / 'last.ckpt')
-    again = lightning.Trainer(max_epochs=2, **options)
-    again.fit(Module(), data, ckpt_path=tmp_path / 'last.ckpt', weights_only=True)
-    assert again.global_step == 4
+    assert trainer.global_step == 2
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -197,11 +193,7 @@ def test_int8_weights_in_torchao(name):
     assert F.cosine_similarity(model(images()), expected).min() > 0.999
 
 
-TOGETHER = pytest.mark.parametrize(
-    'name', ['resnet18', 'dresnet18', 'dresnet20_cifar', 'dresnet56_cifar', 'adaresnet18'])
-
-
-@TOGETHER
+@pytest.mark.parametrize('name', ['dresnet18', 'dresnet56_cifar', 'adaresnet18'])
 def test_peft(name):
     """Adapters on every convolution train, and merging them changes nothing."""
     peft = pytest.importorskip('peft')
@@ -218,7 +210,7 @@ def test_peft(name):
     torch.testing.assert_close(model.merge_and_unload()(images()), expected, rtol=1e-3, atol=1e-3)
 
 
-@TOGETHER
+@pytest.mark.parametrize('name', ['dresnet18', 'dresnet56_cifar', 'adaresnet18'])
 @torch.no_grad()
 def test_offloading(name):
     accelerate = pytest.importorskip('accelerate')
@@ -228,7 +220,7 @@ def test_offloading(name):
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', ['resnet18', *MODELS])
+@pytest.mark.parametrize('name', MODELS)
 def test_captum(name):
     captum = pytest.importorskip('captum.attr')
     model = timm.create_model(name, num_classes=5).eval()

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
@@ -43,9 +43,8 @@ def assert_same(fused, model, x, tolerance):
     # without shortcuts, a hundred layers amplify the rounding errors of either form
     *(pytest.param(name, kwargs, marks=pytest.mark.slow) for name, kwargs in (
         ('dresnet34', {}), ('dresnet101', {}), ('dresnet56_cifar', {}), ('adaresnet152', dict(skip_init=1.)))),
-    *((name, dict(gate=gate, connection_rank=rank)) for name in ('dresnet20_cifar', 'test_dresnet')
-      for gate in ('sigmoid', 'gauss', 'linear') for rank in (1, 5)),
-    ('dresnet50', dict(gate='linear')), ('dresnet18', dict(gate='linear')), ('dresnet18', dict(connection_rank=5)),
+    ('dresnet20_cifar', dict(gate='gauss')), ('dresnet20_cifar', dict(gate='linear', connection_rank=5)),
+    ('test_dresnet', dict(gate='gauss', connection_rank=1)), ('dresnet18', dict(gate='linear')),
     *(('adaresnet18', dict(skip_weight=kind)) for kind in ('per_kind', 'shared')),
     ('dresnet18', dict(avg_down=True, output_stride=8)), ('adaresnet50', dict(avg_down=True, act_layer='silu')),
     ('adaresnet18', dict(block_args=dict(attn_layer='se'))), ('dresnet18', dict(stem_type='deep', stem_width=32)),
@@ -65,16 +64,6 @@ def test_same_function(name, kwargs):
         assert_same(fused.to(**layout), model.to(**layout), x.to(**layout), tolerance)
 
 
-def test_one_convolution_for_sources_at_hand():
-    model = reparameterize_model(timm.create_model('dresnet18'))
-    projections = [projection for stage in model.connections.values() for projection in stage.projections.values()]
-    assert [(p.sources, p.targets) for p in projections] == [
-        ((1,), (3,)), ((1, 2), (4, 5)), ((3,), (5,)), ((1, 2, 3, 4), (6, 7)), ((5,), (7,)), ((1, 2, 3, 4, 5, 6), (8,))]
-    modules = [module for stage in model.connections.values() for module in stage.modules()]
-    convs = [module for module in modules if not list(module.children())]
-    assert [conv.in_channels for conv in convs if type(conv) is nn.Conv2d] == [64, 128, 128, 384, 256, 896]
-
-
 @pytest.mark.parametrize('name', ['dresnet18', 'adaresnet18'])
 def test_a_copy_or_in_place(name):
     model, x = create(name)
@@ -92,22 +81,19 @@ def test_a_copy_or_in_place(name):
 
 
 @pytest.mark.parametrize('name,kwargs', [
-    ('dresnet18', {}), ('dresnet50', dict(gate='gauss')), ('adaresnet18', dict(skip_weight='shared')),
-    ('adaresnet50', {}), ('test_dresnet', dict(in_chans=1)),
+    ('dresnet50', dict(gate='gauss')), ('adaresnet18', dict(skip_weight='shared')), ('test_dresnet', dict(in_chans=1)),
 ], ids=str)
 def test_saves_and_loads(name, kwargs, tmp_path):
     model = reparameterize_model(timm.create_model(name, num_classes=5, **kwargs).eval())
     x = torch.randn(2, kwargs.get('in_chans', 3), 64, 64)
     expected = model(x)
-    save_for_hf(model, tmp_path)
+    save_for_hf(model, tmp_path, safe_serialization=True)
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert torch.equal(loaded(x), expected)
-    save_file(model.state_dict(), tmp_path / 'weights.safetensors')
     loaded = timm.create_model(name, num_classes=5, inference_mode=True, **kwargs).eval()
-    loaded.load_state_dict(load_file(tmp_path / 'weights.safetensors'))
+    loaded.load_state_dict(load_file(tmp_path / 'model.safetensors'))
     assert torch.equal(loaded(x), expected)
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
-    assert torch.equal(copy.deepcopy(model)(x), expected)
 
 
 @pytest.mark.parametrize('name', [
@@ -124,15 +110,6 @@ def test_export_onnx_compile_and_trace(name, tmp_path):
     check_export_and_onnx(model, x, tmp_path / 'model.onnx')
 
 
-@pytest.mark.parametrize('name', ['dresnet18', 'dresnet50', 'adaresnet18'])
-def test_training_is_refused(name):
-    model = reparameterize_model(timm.create_model(name))
-    model.eval()
-    with pytest.raises(RuntimeError, match='fused for inference'):
-        model.train()
-    assert not any(module.training for module in model.modules())
-
-
 @pytest.mark.parametrize('name', ['dresnet18', 'adaresnet50'])
 def test_features(name):
     model, x = create(name, features_only=True)
@@ -143,12 +120,9 @@ def test_features(name):
     assert [tuple(p.shape) for p in built.parameters()] == [tuple(p.shape) for p in fused.parameters()]
 
 
-@pytest.mark.parametrize('stages', [1, 3])
-@pytest.mark.parametrize('name,kwargs', [
-    ('dresnet18', {}), ('dresnet50', {}), ('test_dresnet', dict(connection_rank=4)), ('adaresnet18', {}),
-], ids=str)
-def test_features_of_fewer_stages(name, kwargs, stages, tmp_path):
-    model, x = create(name, **kwargs)
+@pytest.mark.parametrize('name,stages', [('dresnet18', 3), ('dresnet50', 1), ('adaresnet18', 3)])
+def test_features_of_fewer_stages(name, stages):
+    model, x = create(name)
     expected = model.forward_intermediates(x, indices=[stages], intermediates_only=True)[0]
     fused = reparameterize_model(model)
     fused.prune_intermediate_layers([stages])
@@ -158,43 +132,21 @@ def test_features_of_fewer_stages(name, kwargs, stages, tmp_path):
     assert getattr(model, 'pruned_connections', []) == []  # left out with their stage, not pruned
     again = reparameterize_model(model)
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in fused.state_dict().items()}
-    backbone = timm.create_model(name, features_only=True, out_indices=(0, stages), inference_mode=True, **kwargs)
-    assert len(backbone(x.float())) == 2
-
-
-@pytest.mark.parametrize('name', ['dresnet18', 'dresnet56_cifar', 'adaresnet18'])
-def test_autocast(name):
-    model, x = create(name, dtype=torch.float32)
-    fused = reparameterize_model(model).to(**CHANNELS_LAST)
-    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
-        output = fused(x.to(**CHANNELS_LAST))
-        expected = model(x)
-    assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize('name', ['test_dresnet', 'test_adaresnet'])
-def test_fused_in_training_mode(name):
+def test_training_is_refused_but_inside_a_network(name):
     model, x = create(name)
     fused = reparameterize_model(model.train())
     with pytest.raises(RuntimeError, match='fused model is for inference: call eval'):
         fused(x)
-    assert_close(reparameterize_model(model.train()).eval()(x), model.eval()(x))
-
-
-@pytest.mark.parametrize('name', ['test_dresnet', 'test_adaresnet'])
-def test_fused_and_frozen_in_a_network_that_is_trained(name):
-    model, x = create(name)
-    fused = reparameterize_model(model)
+    fused, expected = reparameterize_model(model.eval()), model(x)
+    with pytest.raises(RuntimeError, match='fused for inference'):
+        fused.train()
     network = nn.Sequential(fused.requires_grad_(False), nn.Linear(5, 2, dtype=x.dtype)).train()
     assert network[1].training and not any(module.training for module in fused.modules())
     network(x).sum().backward()
-    assert_close(fused(x), model(x))
-
-
-def test_nothing_to_fuse():
-    model = reparameterize_model(timm.create_model('test_adaresnet', norm_layer='groupnorm1'))
-    assert not model.fused and model.train().training
+    assert_close(fused(x), expected)
 
 
 @pytest.mark.parametrize('norm', ['groupnorm', 'frozen'])

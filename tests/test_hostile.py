@@ -62,9 +62,8 @@ def header(size=None, data=b'12345678', **changes):
 
 
 @pytest.mark.parametrize('data', [
-    b'', b'\0' * 7, header(size=2 ** 63), header(data=b''), header(data=b'more' * 3), header(shape=[2 ** 62, 8]),
-    header(shape=[-1, -2]), header(dtype='PICKLE'), header(data_offsets=[-8, 0]),
-], ids=range(9))
+    b'', header(size=2 ** 63), header(data=b''), header(shape=[2 ** 62, 8]), header(dtype='PICKLE'),
+], ids=range(5))
 def test_headers_of_safetensors(folder, data):
     (folder / 'model.safetensors').write_bytes(data)
     with pytest.raises(ValueError, match='model.safetensors is damaged') as error:
@@ -77,7 +76,6 @@ def test_headers_of_safetensors(folder, data):
     ('more', lambda w: torch.ones(3), 'holds no model that timm can load'),
     ('layer1.0.conv1.weight', lambda w: None, 'holds no model that timm can load'),
     ('conv1.weight', lambda w: w.fill_(float('nan')), 'conv1.weight in .* is not finite'),
-    ('layer2.0.bn1.running_var', lambda w: w.fill_(float('inf')), 'running_var in .* is not finite'),
 ])
 def test_weights_that_do_not_fit(folder, name, change, message):
     weights = load_file(folder / 'model.safetensors')
@@ -89,13 +87,12 @@ def test_weights_that_do_not_fit(folder, name, change, message):
 
 @pytest.mark.parametrize('change,message', [
     (dict(architecture='../../etc/passwd'), 'does not describe a model'), (dict(pretrained_cfg=3), 'does not describe'),
-    (dict(architecture='resnet18'), 'has the shape'), (dict(num_classes=10 ** 9), 'differ'),
-    (dict(num_classes=5, model_args=dict(num_classes=5)), 'has the shape'),
-    (dict(model_args=dict(num_classes=5)), 'differ'), (dict(model_args=dict(unknown=1)), 'does not describe'),
+    (dict(architecture='resnet18'), 'has the shape'), (dict(model_args=dict(num_classes=5)), 'differ'),
+    (dict(model_args=dict(unknown=1)), 'does not describe'),
     (dict(model_args=dict(connection_rank=10 ** 8)), 'has the shape'),
     (dict(model_args=dict(checkpoint_path='/etc/passwd')), 'does not describe'),
     (dict(model_args=dict(pretrained_cfg_overlay=dict(source='', file='/etc/passwd'))), 'does not describe'),
-    ('', 'does not describe'), ('[]', 'does not describe'), ('[' * 100_000, 'does not describe'),
+    ('[]', 'does not describe'), ('[' * 100_000, 'does not describe'),
 ], ids=lambda value: str(value)[:40])
 def test_configs(folder, change, message):
     text = change
@@ -135,20 +132,19 @@ def png(width, height):
 
 
 @pytest.mark.parametrize('data', [
-    png(50_000, 50_000), png(12_000, 12_000), png(0, 5), b'', b'GIF89a', b'%!PS-Adobe-3.0 EPSF-3.0\n', png(9, 9)[:40],
-], ids=range(7))
+    png(50_000, 50_000), png(0, 5), b'GIF89a', b'%!PS-Adobe-3.0 EPSF-3.0\n', png(9, 9)[:40],
+], ids=range(5))
 def test_images_that_cannot_be_read(classifier, tmp_path, data):
     (tmp_path / 'image.png').write_bytes(data)
     with pytest.raises(ValueError, match='image.png. cannot be read'):
         classifier.read(str(tmp_path / 'image.png'))
 
 
-@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGBA', 'CMYK', 'I', 'I;16', 'F'])
+@pytest.mark.parametrize('mode', ['1', 'LA', 'P', 'RGBA', 'CMYK', 'I;16', 'F'])
 def test_modes_of_images(classifier, mode):
     gray = np.full((40, 30), 128)
-    if mode in ('I', 'I;16', 'F'):
-        dtype = {'I': np.int32, 'I;16': np.uint16, 'F': np.float32}[mode]
-        image = Image.fromarray((gray if mode == 'F' else gray * 257).astype(dtype))
+    if mode in ('I;16', 'F'):
+        image = Image.fromarray((gray * 257).astype(np.uint16) if mode == 'I;16' else gray.astype(np.float32))
     else:
         image = Image.fromarray(np.uint8(np.dstack([gray] * 3))).convert(mode)
     assert image.mode == mode

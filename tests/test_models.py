@@ -7,21 +7,13 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 
 import timm_dresnet
 
-MODELS = [
-    f'{family}{depth}' for family, depths in {
-        'dresnet': ['18', '18_gauss', '34', '34_gauss', '50', '50_gauss', '101', '101_gauss', '18_cifar', '20_cifar',
-                    '56_cifar'],
-        'adaresnet': ['18', '34', '50', '101', '152', '18_cifar', '20_cifar', '56_cifar', '110_cifar'],
-        'plainnet': ['18', '34', '18_cifar', '20_cifar', '56_cifar'],
-        'resnet': ['18_cifar', '20_cifar', '56_cifar'],
-        'test_dresnet': [''], 'test_adaresnet': [''],
-    }.items() for depth in depths
-]
+MODELS = [name for name in timm.list_models() if hasattr(timm_dresnet, name)]
 # those that stand for the others: all are created and trained for a step, and timm's own tests run over all
 QUICK = ['dresnet50', 'dresnet20_cifar', 'adaresnet18', 'plainnet18']
 models = pytest.mark.parametrize('name', QUICK)
@@ -43,13 +35,6 @@ def assert_close(actual, expected):
     torch.testing.assert_close(actual / scale, expected / scale, rtol=1e-4, atol=1e-5)
 
 
-def test_all_models_are_listed():
-    modules = ('adaresnet', 'dresnet', 'plainnet')
-    listed = {name for module in modules for name in timm.list_models(module=module)}
-    assert listed | {'resnet18_cifar', 'resnet20_cifar', 'resnet56_cifar'} == set(MODELS)
-    assert all(callable(getattr(timm_dresnet, name)) for name in MODELS)
-
-
 @pytest.mark.parametrize('name', MODELS)
 def test_forward_and_backward(name):
     model = create(name)
@@ -63,41 +48,29 @@ def test_forward_and_backward(name):
 
 
 @models
-def test_features_only(name):
+def test_features(name):
     full = create(name).eval()
-    model = create(name, features_only=True).eval()
     x = images()
-    features = model(x)
-    expected = full.forward_intermediates(x, intermediates_only=True)
-    assert len(features) == len(full.stage_names) + 1
-    for feature, e, channels, reduction in zip(
-            features, expected, model.feature_info.channels(), model.feature_info.reduction()):
-        assert_close(feature, e)
-        assert feature.shape == (2, channels, -(-64 // reduction), -(-64 // reduction))
+    final, expected = full.forward_intermediates(x)
+    assert_close(final, full.forward_features(x))
+    assert_close(expected[-1], final)
+    last = full.forward_intermediates(x, [-2], stop_early=True, intermediates_only=True)
+    assert_close(last[0], expected[-2])
+    assert_close(full.forward_head(final), full(x))
+    assert full.forward_head(final, pre_logits=True).shape == (2, full.head_hidden_size)
 
-
-@models
-def test_features_of_fewer_stages(name):
-    model = create(name, features_only=True, out_indices=(1, 2)).eval()
-    features = model(images())
-    for feature, expected in zip(features, create(name).eval().forward_intermediates(images(), (1, 2))[1]):
-        assert_close(feature, expected)
-    sum(feature.mean() for feature in features).backward()
-    assert not [n for n, p in model.named_parameters() if p.grad is None]  # what is not used is gone
-
-
-@models
-def test_forward_intermediates(name):
-    model = create(name).eval()
-    x = images()
-    features = model.forward_features(x)
-    final, intermediates = model.forward_intermediates(x)
-    assert_close(final, features)
-    assert_close(intermediates[-1], features)
-    last = model.forward_intermediates(x, [-2], stop_early=True, intermediates_only=True)
-    assert_close(last[0], intermediates[-2])
-    assert_close(model.forward_head(features), model(x))
-    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    for indices in (None, (1, 2)):
+        model = create(name, features_only=True, **(dict(out_indices=indices) if indices else {})).eval()
+        features = model(x)
+        info = zip(model.feature_info.channels(), model.feature_info.reduction())
+        chosen = [expected[i] for i in indices or range(len(full.stage_names) + 1)]
+        assert len(features) == len(chosen)
+        for feature, e, (channels, reduction) in zip(features, chosen, info):
+            assert_close(feature, e)
+            assert feature.shape == (2, channels, -(-64 // reduction), -(-64 // reduction))
+        if indices:  # what is not used is gone
+            sum(feature.mean() for feature in features).backward()
+            assert not [n for n, p in model.named_parameters() if p.grad is None]
 
 
 @models
@@ -105,6 +78,8 @@ def test_classifier(name):
     model = create(name).eval()
     x = images()
     assert model.get_classifier() is model.fc and model.get_classifier(name_only=True) == 'fc'
+    # timm's adaptive gradient clipping leaves out the last two parameters
+    assert [key for key, _ in model.named_parameters()][-2:] == ['fc.weight', 'fc.bias']
     model.reset_classifier(7)
     assert model(x).shape == (2, 7)
     model.reset_classifier(0, '')
@@ -125,26 +100,17 @@ def test_gradient_checkpointing(name):
 
 
 @models
-def test_copy_pickle_and_safetensors(name, tmp_path):
+def test_copy_pickle_safetensors_and_meta_device(name, tmp_path):
     model = create(name).eval()
     x = images()
     expected = model(x)
     assert_close(copy.deepcopy(model)(x), expected)
     assert_close(pickle.loads(pickle.dumps(model))(x), expected)
     save_file(model.state_dict(), tmp_path / 'model.safetensors')
-    torch.manual_seed(1)
-    other = timm.create_model(name).eval()
-    other.load_state_dict(load_file(tmp_path / 'model.safetensors'))
+    other = timm.create_model(name, device='meta').eval()
+    assert all(t.is_meta for t in [*other.parameters(), *other.buffers()])
+    other.to_empty(device='cpu').load_state_dict(load_file(tmp_path / 'model.safetensors'))
     assert torch.equal(other(x), expected)
-
-
-@models
-def test_meta_device(name):
-    model = timm.create_model(name, device='meta')
-    assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
-    source = create(name).eval()
-    model.to_empty(device='cpu').load_state_dict(source.state_dict())
-    assert_close(model.eval()(images()), source(images()))
 
 
 @models
@@ -157,22 +123,17 @@ def test_dtype_and_autocast(name):
     for gate in gates:
         gate.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
     dtypes = set()
-    for layout in (torch.contiguous_format, torch.channels_last):
-        with torch.autocast('cpu', torch.bfloat16):
-            output = model.to(memory_format=layout)(images().to(memory_format=layout))
-        assert output.dtype == torch.bfloat16 and dtypes == ({torch.float32} if gates else set())
-        model.zero_grad()
-        output.float().square().mean().backward()
-        assert all(p.grad.isfinite().all() for p in model.parameters())
+    model, x = (value.to(memory_format=torch.channels_last) for value in (model, images()))
+    with torch.autocast('cpu', torch.bfloat16):
+        output = model(x)
+    assert output.dtype == torch.bfloat16 and dtypes == ({torch.float32} if gates else set())
+    output.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize('name,kwargs', [
-    ('test_dresnet', dict(gate='gauss')), ('test_adaresnet', {}), ('test_adaresnet', dict(skip_weight='shared')),
-    ('plainnet20_cifar', {}),
-], ids=str)
 @torch.no_grad()
-def test_moving_average(name, kwargs):
-    model = create(name, **kwargs)
+def test_moving_average():
+    model = create('test_adaresnet', skip_weight='shared')
     average = ModelEmaV3(model, decay=0.75)
     before = [p.clone() for p in model.parameters()]
     for p in model.parameters():
@@ -180,24 +141,6 @@ def test_moving_average(name, kwargs):
     average.update(model)
     for p, start in zip(average.module.parameters(), before):
         torch.testing.assert_close(p, start + 1.)
-
-
-@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize('name', ['test_dresnet', 'test_adaresnet', 'dresnet56_cifar'])
-def test_gradients_of_each_image(name, layout):
-    """By torch.func, as differential privacy and influence functions take them."""
-    model = create(name).eval().to(memory_format=layout)
-    parameters, x = dict(model.named_parameters()), images().to(memory_format=layout)
-
-    def loss(parameters, image):
-        return torch.func.functional_call(model, parameters, image[None]).square().sum()
-
-    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
-    alone = torch.func.grad(loss)(parameters, x[1])
-    expected = torch.autograd.grad(model(x[1:]).square().sum(), list(parameters.values()))
-    for name, gradient in zip(parameters, expected):
-        for found in (gradients[name][1], alone[name]):
-            torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
 
 
 @models
@@ -232,44 +175,30 @@ def test_export_and_onnx(name, tmp_path):
 
 @models
 @pytest.mark.filterwarnings('ignore:`torch.jit:FutureWarning')
-def test_torchscript_trace(name):
+def test_torchscript(name):
     model = create(name).eval()
-    traced = torch.jit.trace(model, images())
-    assert_close(traced(images(batch=3)), model(images(batch=3)))
+    x = images(batch=3)
+    assert_close(torch.jit.trace(model, images())(x), model(x))
+    scriptable = model
+    if name.startswith('dresnet'):
+        with pytest.raises(NotImplementedError, match='torch.export'):
+            torch.jit.script(model)
+        scriptable = torch.fx.symbolic_trace(model)
+    assert_close(torch.jit.script(scriptable)(x), model(x))
 
 
-@pytest.mark.parametrize('name', ['adaresnet18', 'adaresnet50', 'plainnet18', 'resnet20_cifar'])
-@pytest.mark.filterwarnings('ignore:`torch.jit:FutureWarning')
-def test_torchscript_script(name):
-    model = create(name).eval()
-    assert_close(torch.jit.script(model)(images()), model(images()))
-
-
-@pytest.mark.filterwarnings('ignore:`torch.jit:FutureWarning')
-def test_dresnet_says_that_it_cannot_be_scripted():
-    with pytest.raises(NotImplementedError, match='torch.export'):
-        torch.jit.script(create('test_dresnet'))
-
-
-@pytest.mark.parametrize('name', ['dresnet18', 'dresnet50', 'adaresnet18', 'plainnet18'])
-@pytest.mark.parametrize('output_stride', [8, 16])
+@pytest.mark.parametrize('name,output_stride', [
+    ('dresnet18', 8), ('dresnet50', 16), ('adaresnet18', 8), ('plainnet18', 16), ('dresnet20_cifar', 2)])
 def test_output_stride(name, output_stride):
     model = create(name, output_stride=output_stride, features_only=True).eval()
     assert model.feature_info.reduction()[-1] == output_stride
     assert model(images())[-1].shape[-1] == 64 // output_stride
 
 
-@pytest.mark.parametrize('name', ['dresnet18_cifar', 'dresnet20_cifar'])
-def test_output_stride_for_small_images(name):
-    model = create(name, output_stride=2).eval()
-    assert model.forward_features(images(size=32)).shape[-1] == 16
-
-
 @pytest.mark.parametrize('kwargs', [
-    dict(drop_rate=0.1), dict(drop_path_rate=0.1), dict(drop_block_rate=0.1), dict(act_layer='gelu'),
-    dict(global_pool='catavgmax'), dict(stem_type='deep', stem_width=32), dict(avg_down=True),
-    dict(replace_stem_pool=True), dict(block_args=dict(attn_layer='se')), dict(norm_layer='groupnorm'),
-    dict(aa_layer=timm.layers.BlurPool2d),
+    dict(drop_rate=0.1, drop_path_rate=0.1, drop_block_rate=0.1, act_layer='gelu', global_pool='catavgmax'),
+    dict(stem_type='deep', stem_width=32, avg_down=True, replace_stem_pool=True),
+    dict(block_args=dict(attn_layer='se'), norm_layer='groupnorm', aa_layer=timm.layers.BlurPool2d),
 ], ids=lambda kwargs: next(iter(kwargs)))
 def test_arguments_of_resnet(kwargs):
     model = create('dresnet18', **kwargs)
@@ -280,15 +209,10 @@ def test_arguments_of_resnet(kwargs):
 @pytest.mark.parametrize('name,kwargs,words', [
     ('dresnet18', dict(gate='sigmod'), ['gate', 'sigmoid', 'gauss', 'linear', 'sigmod']),
     ('dresnet18', dict(gate_init=1.), ['gate_init', '1.0']),
-    ('dresnet18', dict(gate_init=-0.2), ['gate_init', '-0.2']),
-    ('dresnet18', dict(gate_init='x'), ['gate_init', 'x']),
     ('dresnet18_gauss', dict(gate_init=1.), ['gate_init', 'slope']),
     ('dresnet18', dict(connection_rank=-1), ['connection_rank', '-1']),
-    ('dresnet18', dict(connection_rank=2.5), ['connection_rank', '2.5']),
-    ('dresnet18', dict(connection_rank=True), ['connection_rank', 'True']),
     ('dresnet18', dict(stem_type='cifra'), ['stem_type', 'cifar', 'cifra']),
     ('dresnet18', dict(output_stride=7), ['output_stride', '8, 16, 32', '7']),
-    ('dresnet20_cifar', dict(output_stride=8), ['output_stride', '2, 4, 32', '8']),
     ('dresnet18', dict(layers=(2, 2)), ['layers', 'channels']),
     ('adaresnet18', dict(skip_weight='x'), ['skip_weight', 'per_block', 'per_kind', 'shared', 'x']),
     ('adaresnet18', dict(skip_init='x'), ['skip_init', 'x']),
@@ -302,7 +226,7 @@ def test_wrong_arguments(name, kwargs, words):
     assert all(word in str(error.value) for word in words)
 
 
-@pytest.mark.parametrize('name', ['dresnet18_gauss', 'adaresnet18', 'dresnet50'])
+@pytest.mark.parametrize('name', ['dresnet18_gauss', 'adaresnet18'])
 def test_gates_and_skip_weights_do_not_decay(name):
     model = create(name)
     names = {n for n, _ in model.named_parameters() if '.gates.' in n or n.endswith('.alpha')}
@@ -313,15 +237,7 @@ def test_gates_and_skip_weights_do_not_decay(name):
 
 
 @models
-def test_classifier_is_last(name):
-    """As in every model of timm, whose adaptive gradient clipping leaves out the last two parameters."""
-    model = timm.create_model(name, device='meta')
-    assert [key for key, _ in model.named_parameters()][-2:] == ['fc.weight', 'fc.bias']
-
-
-@models
 def test_layer_decay_groups(name):
-    from timm.models import group_parameters
     model = create(name, device='meta')
     depth = sum(len(getattr(model, stage)) for stage in model.stage_names)
     for coarse, count in ((False, depth + 2), (True, len(model.stage_names) + 2)):
@@ -335,39 +251,19 @@ def test_layer_decay_groups(name):
     assert {group['lr_scale'] for group in optimizer.param_groups} == {0.5 ** i for i in range(depth + 2)}
 
 
-@pytest.mark.parametrize('feature_cls', ['hook', 'fx'])
-def test_other_feature_extractors(feature_cls):
+def test_other_feature_extractors():
     full = create('dresnet18').eval()
-    if feature_cls == 'hook':
-        model = create('dresnet18', features_only=True, feature_cls='hook').eval()
-        features = model(images())
-    else:
-        from torchvision.models.feature_extraction import create_feature_extractor
-        extractor = create_feature_extractor(full, {'layer1.1.act2': 'a', 'layer4.1.act2': 'b'})
-        features = [None, extractor(images())['a'], None, None, extractor(images())['b']]
-    for feature, expected in zip(features, full.forward_intermediates(images(), intermediates_only=True)):
-        if feature is not None:
-            assert_close(feature, expected)
-
-
-@pytest.mark.parametrize('name', ['test_dresnet', 'test_adaresnet', 'plainnet20_cifar'])
-def test_script_of_what_fx_has_traced(name):
-    model = create(name).eval()
-    scripted = torch.jit.script(torch.fx.symbolic_trace(model))
-    assert_close(scripted(images()), model(images()))
-
-
-def test_sequential_feature_extractor_is_refused():
-    """It would run the stages one after another and leave the connections out."""
+    model = create('dresnet18', features_only=True, feature_cls='hook').eval()
+    for feature, expected in zip(model(images()), full.forward_intermediates(images(), intermediates_only=True)):
+        assert_close(feature, expected)
     model = create('dresnet18', features_only=True, feature_cls='list')
-    with pytest.raises(TypeError, match='flow'):
+    with pytest.raises(TypeError, match='flow'):  # it would run stage after stage and leave the connections out
         model(images())
 
 
-@pytest.mark.parametrize('kwargs', [{}, dict(skip_init=1.)], ids=str)
-def test_weights_made_again(kwargs):
+def test_weights_made_again():
     """An AdaResNet that starts without shortcuts must not start without branches too."""
-    model = create('adaresnet18', **kwargs)
+    model = create('adaresnet18')
     before = {name: (p == 0).all() for name, p in model.named_parameters() if '.bn' in name}
     nn.init.normal_(model.layer1[0].bn2.weight)
     model.init_weights()

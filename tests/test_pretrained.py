@@ -1,5 +1,4 @@
 """Pretrained configs, weights in the package, and networks grown from timm's checkpoints on the Hub."""
-import json
 import subprocess
 import sys
 import zipfile
@@ -22,15 +21,6 @@ GROWN = {
     **{f'dresnet{n}{gate}': f'resnet{n}' for n in (18, 34, 50, 101) for gate in ('', '_gauss')},
     **{f'adaresnet{n}': f'resnet{n}' for n in (18, 34, 50, 101, 152)},
 }
-
-
-@pytest.mark.parametrize('name', [*PACKAGED, 'dresnet50.init_a1_in1k', 'adaresnet50.init_a1_in1k'])
-def test_configs(name):
-    cfg, model = get_pretrained_cfg(name), timm.create_model(name)
-    assert cfg.has_weights and cfg.license and cfg.paper_ids
-    config = resolve_model_data_config(model)
-    assert config['input_size'] == cfg.input_size and config['mean'] == cfg.mean
-    assert model.num_classes == cfg.num_classes == len(cfg.label_names or range(1000))
 
 
 @pytest.mark.parametrize('name,resnet', GROWN.items())
@@ -76,8 +66,11 @@ def test_grown_from_the_hub(hub, name):
 @pytest.mark.parametrize('name', PACKAGED)
 def test_packaged(hub, name):
     torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=True).eval()
-    stored = load_file(get_pretrained_cfg(name).file)
+    cfg, model = get_pretrained_cfg(name), timm.create_model(name, pretrained=True).eval()
+    assert cfg.has_weights and cfg.license and cfg.paper_ids and model.num_classes == len(cfg.label_names)
+    config = resolve_model_data_config(model)
+    assert config['input_size'] == cfg.input_size and config['mean'] == cfg.mean
+    stored = load_file(cfg.file)
     for key, weight in model.state_dict().items():
         assert torch.equal(weight, stored[key].to(weight.dtype)), key
     assert 'state_dict' not in model.pretrained_cfg
@@ -94,9 +87,8 @@ def test_packaged(hub, name):
 
 
 @pytest.mark.parametrize('name,kwargs', [
-    ('test_dresnet', dict(gate='linear')), ('test_dresnet', dict(gate='gauss')),
-    ('test_dresnet', dict(connection_rank=2)), ('test_adaresnet', dict(skip_weight='shared')),
-    ('test_adaresnet', dict(skip_weight='per_kind')),
+    ('test_dresnet', dict(gate='linear')), ('test_dresnet', dict(connection_rank=2)),
+    ('test_adaresnet', dict(skip_weight='shared')),
 ], ids=str)
 def test_weights_of_another_function_do_not_load(name, kwargs):
     with pytest.raises(RuntimeError, match='Missing key|Unexpected key|another skip_weight'):
@@ -109,12 +101,6 @@ def test_weights_of_a_shared_skip_weight():
         network.load_state_dict({k: v + 0.5 if k.endswith('.alpha') else v for k, v in shared.state_dict().items()})
         assert [record['alpha'] for record in timm_dresnet.connections(network)] == 6 * [0.5]
         assert network.layer1[0].skip_weight.state_dict()['alpha'] == 0.5
-
-
-def test_manifest_lists_the_files():
-    manifest = json.loads((PACKAGE / 'weights/manifest.json').read_text())
-    assert sorted(manifest) == sorted(f'{name}.safetensors' for name in PACKAGED)
-    assert sorted(manifest) == sorted(path.name for path in (PACKAGE / 'weights').glob('*.safetensors'))
 
 
 @pytest.fixture(scope='module')
@@ -146,17 +132,14 @@ def test_package_in_an_archive(copied):
 def test_damaged_files_do_not_load(copied):
     run("""if True:
         from pathlib import Path
-        from safetensors.torch import load, save
         folder = Path(timm_dresnet.__file__).parent / 'weights'
         file, manifest = folder / 'test_dresnet.c10.safetensors', folder / 'manifest.json'
         whole = file.read_bytes()
         for path, data, words in [
             (file, whole[:-1], 'is damaged'),
             (file, whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:], 'is damaged'),
-            (file, save({key: w.float() for key, w in load(whole).items()}), 'is damaged'),
             (file, None, 'cannot be read'),
             (manifest, b'{}', 'missing or damaged'),
-            (manifest, b'[', 'missing or damaged'),
             (manifest, None, 'missing or damaged'),
         ]:
             before = path.read_bytes()

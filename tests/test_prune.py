@@ -5,7 +5,6 @@ import torch
 from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
-import naive
 import timm_dresnet
 from test_maths import create
 from timm_dresnet import prune_connections
@@ -33,9 +32,8 @@ def cut(model, gate, share=0.6):
 
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize('name,kwargs', [
-    ('dresnet18', dict(gate='sigmoid')), ('dresnet18', dict(gate='gauss')), ('dresnet18', dict(gate='linear')),
-    ('dresnet18', dict(gate='gauss', connection_rank=5)), ('dresnet50', dict(gate='linear')),
-    ('dresnet20_cifar', dict(gate='gauss')), ('dresnet18', dict(gate='sigmoid', norm_layer='groupnorm')),
+    ('dresnet18', dict(gate='sigmoid')), ('dresnet18', dict(gate='gauss', connection_rank=5)),
+    ('dresnet50', dict(gate='linear')), ('dresnet18', dict(gate='sigmoid', norm_layer='groupnorm')),
     *(pytest.param(f'dresnet{depth}', dict(gate='sigmoid'), marks=pytest.mark.slow) for depth in (34, 101)),
 ], ids=str)
 def test_same_function_as_with_gates_of_zero(name, kwargs, training):
@@ -61,15 +59,13 @@ def test_same_function_as_with_gates_of_zero(name, kwargs, training):
             torch.testing.assert_close(p.grad / scale, gradients[n] / scale, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize('name,kwargs', [
-    ('dresnet18', {}), ('dresnet50', {}), ('dresnet18_gauss', dict(connection_rank=3)), ('test_dresnet', {}),
-], ids=str)
-def test_saves_loads_fuses_and_trains(name, kwargs, tmp_path):
-    model = timm.create_model(name, num_classes=5, **kwargs)
-    with torch.no_grad():
-        model(images(torch.float32))
-    prune_connections(model.eval(), keep=0.5, images=images(torch.float32))
+@pytest.mark.parametrize('name', ['dresnet18', 'dresnet50', 'test_dresnet'])
+def test_saves_loads_fuses_and_trains(name, tmp_path):
     x = images(torch.float32)
+    model = timm.create_model(name, num_classes=5)
+    with torch.no_grad():
+        model(x)
+    prune_connections(model.eval(), keep=0.5, images=x)
     expected = model(x)
     save_for_hf(model, tmp_path)
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
@@ -80,8 +76,8 @@ def test_saves_loads_fuses_and_trains(name, kwargs, tmp_path):
     assert torch.equal(timm.create_model(f'local-dir:{tmp_path}/fused', pretrained=True).eval()(x), fused(x))
     loaded.train()(x).square().mean().backward()
     assert all(p.grad is not None for p in loaded.parameters())
-    kwargs = dict(kwargs, pruned_connections=model.pruned_connections)
-    features = timm.create_model(name, features_only=True, out_indices=(1, 2), **kwargs)(x)
+    features = timm.create_model(
+        name, features_only=True, out_indices=(1, 2), pruned_connections=model.pruned_connections)(x)
     assert len(features) == 2
 
 
@@ -98,40 +94,9 @@ def test_without_connections_it_is_its_resnet(name, base):
     assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in resnet.parameters())
 
 
-@pytest.mark.parametrize('name,kwargs', [('test_dresnet', {}), ('dresnet18', {}), ('test_dresnet', dict(
-    connection_rank=5))], ids=str)
-def test_effects(name, kwargs):
-    """Against norms of the naive network's connections and block inputs."""
-    model = create(name, **kwargs).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.
-    x = images(size=(33, 40))
-    model(x)
-    model.layer1.eval()
-    training = [module.training for module in model.modules()]
-    effects = {(r['target'], r['source']): r['effect'] for r in timm_dresnet.connections(model, x)}
-    assert [module.training for module in model.modules()] == training and set(effects) == set(model.connection_pairs())
-
-    model.eval()
-    inputs, outputs = {}, {}
-    names = [f'{stage}.{j}' for stage in model.stage_names for j in range(len(getattr(model, stage)))]
-    for i, block in enumerate(names, start=1):
-        def note(module, args, output, i=i):
-            inputs[i], outputs[i] = args[0], output
-        model.get_submodule(block).register_forward_hook(note)
-    model(x)
-    for (i, k), effect in effects.items():
-        term = naive.connection(model, 'sigmoid', names, i, k, outputs[k], [])
-        expansions = model.connections[names[i - 2].split('.')[0]].expansions
-        if expansions:
-            term = torch.nn.functional.conv2d(term, expansions[str(i)].weight)
-        assert effect == pytest.approx((term.square().sum() / inputs[i].square().sum()).sqrt().item(), rel=1e-9)
-
-
 @pytest.mark.parametrize('limits,strength', [
     (dict(min_gate=0.5), 'gate'), (dict(min_effect=0.2), 'effect'), (dict(keep=0.3), 'gate'),
-    (dict(keep=0.3), 'effect'), (dict(keep=1.), 'gate'), (dict(min_gate=0.), 'gate'),
+    (dict(keep=0.3), 'effect'), (dict(keep=1.), 'gate'),
 ], ids=str)
 def test_what_is_removed(limits, strength):
     model = create('dresnet18', gate='linear')
@@ -166,7 +131,7 @@ def test_frozen_gates_stay_frozen():
     (dict(), ['min_gate', 'min_effect', 'keep']),
     (dict(min_gate=0.1, keep=0.5), ['one of']),
     (dict(min_effect=0.1), ['images']),
-    (dict(min_gate=0.1, images=torch.zeros(1, 3, 32, 32)), ['min_gate', 'images']),
+    (dict(min_gate=float('nan')), ['min_gate', 'nan']),
     (dict(keep=1.5), ['between 0 and 1', '1.5']),
 ])
 def test_errors(arguments, words):
@@ -176,8 +141,6 @@ def test_errors(arguments, words):
 
 
 def test_errors_of_models():
-    with pytest.raises(ValueError, match='AdaResNet'):
-        prune_connections(timm.create_model('test_adaresnet'), min_gate=0.1)
     with pytest.raises(ValueError, match='fused'):
         prune_connections(reparameterize_model(timm.create_model('test_dresnet')), min_gate=0.1)
     with pytest.raises(ValueError, match='into block 3 from block 2'):

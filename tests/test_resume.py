@@ -1,5 +1,4 @@
 """A run that was stopped resumes by the same command, to the very weights of one that was not."""
-import csv
 import os
 import re
 import signal
@@ -9,7 +8,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from conftest import ROOT
+from conftest import ROOT, rows
 
 # random numbers everywhere: in loading processes, in erasing, in the model; and a moving average with warm-up
 RECIPE = [
@@ -32,16 +31,16 @@ def finish(process):
     return log
 
 
-def rows(folder):
-    with (folder / 'summary.csv').open() as f:
-        return [{k: v for k, v in row.items() if k != 'train_images_per_second'} for row in csv.DictReader(f)]
+def summary(folder):
+    """What does not depend on the machine's speed."""
+    return [{k: v for k, v in row.items() if k != 'train_images_per_second'} for row in rows(folder / 'summary.csv')]
 
 
 def assert_same(folder, expected):
     weights, expected_weights = load_file(folder / 'model.safetensors'), load_file(expected / 'model.safetensors')
     assert weights.keys() == expected_weights.keys()
     assert all((weights[key] == expected_weights[key]).all() for key in weights)
-    assert rows(folder) == rows(expected)
+    assert summary(folder) == summary(expected)
     assert (folder / 'connections.csv').read_text() == (expected / 'connections.csv').read_text()
     assert not [path for path in folder.iterdir() if path.name.startswith('.') or 'recovery' in path.name]
 
