@@ -194,12 +194,12 @@ def main(argv: Optional[List[str]] = None) -> None:
                 for file in files:
                     print(f'  {file.stat().st_size:>12,}  {file.name}')
                 if args.dry_run:
-                    print('Nothing was pushed.')
+                    print(f'Nothing was pushed. README.md, the model card:\n\n{(Path(name) / "README.md").read_text()}')
                 else:
                     push(upload, Path(name), model, args.private, args.revision, args.create_pr)
     except (HTTPError, OSError, RuntimeError, ValueError, yaml.YAMLError) as e:
         reason = f'{e} {e.__cause__ or ""}' if isinstance(e, RuntimeError) else str(e)  # the cause, of an upload
-        sys.exit(f'python -m hub.push: error: {" ".join(reason.split())}')
+        sys.exit(f'python -m hub.push: error: {args.repo_id or args.zoo}: {" ".join(reason.split())}')
 
 
 if __name__ == '__main__':

@@ -135,10 +135,14 @@ def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
     (['classify', 'x.png', '--model', 'output/none'], ['no folder', 'output/none']),
     (['classify', 'x.png', '--model', '.'], ['config.json']),
     (['connections', 'test_dresnet', '--out', 'map.xyz'], ['xyz', 'png']),
-    (['prune', 'test_adaresnet', 'out', '--keep', '0.5'], ['AdaResNet', 'DResNet']),
+    (['prune', 'test_adaresnet', 'out', '--keep', '0.5'], ['test_adaresnet is not a DResNet']),
     (['fuse', 'test_dresnet', '/proc/nowhere/fused'], ['/proc/nowhere/fused', 'cannot be written']),
     (['fuse', 'test_dresnet', 'photos'], ['photos', 'not an empty folder']),
     (['connections', 'test_dresnet', '--images', '-'], ['no image']),
+    (['connections', 'resnet18'], ['resnet18 is not a DResNet or AdaResNet']),
+    (['connections', 'photos/kept'], ['photos/kept is not a checkpoint of python -m train']),
+    (['signal', 'resnet20_cifar'], ['resnet20_cifar', 'without weights']),
+    (['export', 'test_dresnet', 'out', '--format', 'onnx', '--int8'], ['--int8', '--images']),
 ], ids=' '.join)
 def test_what_cannot_be_done(run, tmp_path, args, words):
     (tmp_path / 'photos').mkdir()
@@ -164,32 +168,36 @@ def test_help(run):
     assert run('--version')[1].strip() == timm_dresnet.__version__
 
 
-def test_connections(run, photos, tmp_path):
+def test_connections(run, photos, tmp_path, caplog):
     model = timm.create_model('test_dresnet', pretrained=True)
     expected = timm_dresnet.connections(model)
     assert json.loads(run('connections', 'test_dresnet', '--json')[1]) == expected
     status, out, _ = run('connections', 'test_dresnet.c10', '--csv')
     assert [float(row['gate']) for row in csv.DictReader(io.StringIO(out))] == [record['gate'] for record in expected]
-    table = run('connections', 'test_dresnet', '--images', photos)[1].splitlines()
+    (tmp_path / 'broken.png').touch()
+    _, out, err = run('connections', 'test_dresnet', '--images', '-', stdin=f'{photos}\r\nbroken.png\r\n')
+    assert "'broken.png' cannot be read as an image" in caplog.text and 'share: its part of the sum' in err
+    table = out.splitlines()
     assert table[0].split()[-2:] == ['effect', 'share'] and len(table) == 1 + len(expected)
     save_for_hf(timm.create_model('test_adaresnet'), 'ada', safe_serialization=True)
     status, out, err = run('connections', 'ada', '--out', 'new/map.png', '--arcs', 'arcs.svg', '--images', photos)
-    assert status == 0 and 'alpha' in out and err == 'Wrote new/map.png\nWrote arcs.svg\n'
+    assert status == 0 and 'alpha' in out and err.startswith('Wrote new/map.png\nWrote arcs.svg\n')
     assert Image.open('new/map.png').size > (300, 300) and '<svg' in (tmp_path / 'arcs.svg').read_text()
     assert run('connections', 'ada', '--out', 'map.png', '--quiet')[2] == ''
 
 
 def test_signal(run, photos):
-    status, out, err = run('signal', 'plainnet20_cifar', 'test_dresnet.c10', '--json', '--out', 'signal.pdf')
+    status, out, err = run('signal', '--untrained', 'plainnet20_cifar', 'test_dresnet', '--json', '--out', 'signal.pdf')
     signals = json.loads(out)
-    assert status == 0 and err == 'Wrote signal.pdf\n' and list(signals) == ['plainnet20_cifar', 'test_dresnet.c10']
+    assert status == 0 and err == 'Wrote signal.pdf\n' and list(signals) == ['plainnet20_cifar', 'test_dresnet']
+    assert json.loads(run('signal', 'test_dresnet', '--json')[1])['test_dresnet'] != signals['test_dresnet']
     assert [len(signal['blocks']) for signal in signals.values()] == [9, 6]
     blocks, correlations = run('signal', 'test_adaresnet', '--images', photos)[1].split('\n\n')
     assert len(blocks.splitlines()) == 7 and 'variance' in blocks and 'correlation at' in correlations
 
 
 @torch.no_grad()
-def test_models_to_folders(run, tmp_path):
+def test_models_to_folders(run, photos, tmp_path):
     model, x = timm.create_model('test_dresnet', pretrained=True).eval(), torch.randn(2, 3, 32, 32)
     assert run('export', 'test_dresnet', 'models/exported')[0] == 0
     assert torch.equal(loaded('models/exported')(x), model(x))
@@ -199,7 +207,8 @@ def test_models_to_folders(run, tmp_path):
     assert status == 0 and not out and err.startswith('Removed 5 of 10 connections.\nWrote models/pruned, ')
     assert len(loaded('models/pruned').connection_pairs()) == 5
 
-    assert run('fuse', 'models/exported', 'models/fused', '-q') == (0, '', '')
+    assert run('fuse', 'models/exported', 'models/fused', '-q') == run(
+        'fuse', 'models/exported', 'models/fused', '-q', '--force') == (0, '', '')
     assert loaded('models/fused').fused
     torch.testing.assert_close(loaded('models/fused')(x), model(x), rtol=1e-4, atol=1e-4)
     assert run('classify', ROOT / 'train/pictures/connections.png', '--model', 'models/fused', '-q')[1].strip() \
@@ -211,9 +220,14 @@ def test_models_to_folders(run, tmp_path):
     x = torch.randn(5, 3, 32, 32)
     output = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(output), loaded('models/pruned')(x), rtol=1e-3, atol=1e-3)
+    assert run('export', 'models/pruned', 'models/int8', '--format', 'onnx', '--int8', '--images', photos)[0] == 0
+    files = [tmp_path / 'models' / folder / 'model.onnx' for folder in ('int8', 'onnx')]
+    assert files[0].stat().st_size < files[1].stat().st_size / 2
+    quantized = onnxruntime.InferenceSession(files[0]).run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    assert np.corrcoef(quantized.ravel(), output.ravel())[0, 1] > 0.9
     config = json.loads((tmp_path / 'models/onnx/config.json').read_text())
     assert config['architecture'] == 'test_dresnet'
-    assert sorted(path.name for path in (tmp_path / 'models').iterdir()) == ['exported', 'fused', 'onnx', 'pruned']
+    assert {path.name for path in (tmp_path / 'models').iterdir()} == {'exported', 'fused', 'int8', 'onnx', 'pruned'}
 
 
 def test_in_a_pipe(photos):

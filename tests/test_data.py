@@ -1,7 +1,10 @@
 """What a run is trained on: timm's data sets, the same images in the same order however they are loaded."""
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -230,6 +233,50 @@ def test_crop_mode_of_the_model(image_folder):
         assert torch.equal(loader.dataset.transform(image), expected(image)), mode
 
 
+@pytest.mark.parametrize('images,sizes', [(120, [30] * 4), (40, [20] * 2), (241, [32] * 7), (7, [6])], ids=str)
+def test_small_data_sets_are_not_cut(tmp_path, images, sizes):
+    (tmp_path / 'train/a').mkdir(parents=True)
+    for i in range(images):
+        Image.new('RGB', (8, 8)).save(tmp_path / f'train/a/{i}.png')
+    assert [len(targets) for _, targets in batches(train_loader('--data-dir', tmp_path))] == sizes
+
+
+def test_classes_have_the_same_numbers_in_every_process(tmp_path):
+    names = ['1', '01', '001', 'A', 'a', 'b', '10', '2']
+    for name in names:
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / f'train/{name}/x.png')
+    code = f"""if True:
+        from train.arguments import parse_args
+        from train.datasets import class_names, open_dataset
+        data = open_dataset(parse_args(['--data-dir', {str(tmp_path)!r}]), True, 3)
+        print(class_names(data), [data.dataset.filename(i) + str(data[i][1]) for i in range(len(data))])"""
+    answers = {
+        subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED': seed}, capture_output=True,
+                       text=True, check=True).stdout for seed in '123'}
+    assert len(answers) == 1
+    classes, files = [eval(part + ']') for part in answers.pop().strip().split(']')[:2]]
+    assert classes == ['001', '01', '1', '2', '10', 'A', 'a', 'b']
+    assert files == [f'{name}/x.png{number}' for number, name in sorted(
+        enumerate(classes), key=lambda pair: files.index(f'{pair[1]}/x.png{pair[0]}'))]
+
+
+def test_images_of_phones_and_of_other_formats(tmp_path, caplog):
+    """Images are turned upright, those of every usual format are read, and what is not read is named once."""
+    image = Image.linear_gradient('L').resize((16, 16)).convert('RGB')
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    (tmp_path / 'validation/a').mkdir(parents=True)
+    image.save(tmp_path / 'validation/a/0.webp', lossless=True)
+    image.rotate(90).save(tmp_path / 'validation/a/1.png', exif=exif)
+    for name in ('notes.txt', 'x.heic', 'y.heic'):
+        (tmp_path / 'validation/a' / name).touch()
+    for _ in range(2):
+        (images, _), = eval_loader('--data-dir', tmp_path)
+    assert len(images) == 2 and torch.equal(images[0], images[1])
+    assert caplog.text.count('not read as images: 2 .heic, 1 .txt') == 1
+
+
 def test_folders_without_images(tmp_path):
     (tmp_path / 'train/a').mkdir(parents=True)
     with pytest.raises(ValueError, match='0 images'):
@@ -244,6 +291,7 @@ def test_folders_without_images(tmp_path):
     (['--data-dir', '/no/such/folder'], ['/no/such/folder']),
     (['--dataset', 'torch/nothing', '--data-dir', '.'], ['torch/nothing']),
     (['--dataset', 'digits', '--mixup', 1, '--batch-size', 31], ['even', '31']),
+    (['--dataset', 'digits', '--input-img-mode', 'RGBA'], ['3 channels', 'RGBA', '--in-chans']),
     (['--dataset', 'digits', '--train-split', 'test'], ['train', 'validation', "'test'"]),
 ])
 def test_errors(args, words):

@@ -198,7 +198,7 @@ def test_faults_that_pass(alice, push):
 
 @pytest.mark.parametrize('fault,message,commits', [
     (Fault('POST /api/repos/create'), 'disconnected', 0),
-    (Fault('PUT /lfs/*', 400), "uploading 'model.safetensors' to the Hub. Bad request: injected 400", 1),
+    (Fault('PUT /lfs/*', 400), "uploading 'model.safetensors' to the Hub. Bad request: injected", 1),
     (Fault('POST */commit/*', 412), '412 Precondition Failed', 1),
     (Fault('GET */resolve/*/model.safetensors', 503, times=99), 'was pushed, but cannot be loaded back', 2),
     (Fault('GET */resolve/*/model.safetensors', corrupt=True), 'is not what was pushed', 2),
@@ -229,6 +229,7 @@ def test_damaged_folders(alice, push, folder, damage, message):
 def test_dry_run_and_wrong_command_lines(hub, push, capsys):
     printed, failed = push('--dry-run')
     assert not failed and not hub.requests and '  model.safetensors' in printed and '  README.md' in printed
+    assert 'library_name: timm' in printed  # the card
     for args in (['x'], ['x', '--repo-id', 'alice/x', '--zoo', 'y'], ['--zoo', 'y']):
         with pytest.raises(SystemExit, match='2'):
             main(args)

@@ -11,6 +11,7 @@ from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 
+import naive
 import timm_dresnet
 
 MODELS = [name for name in timm.list_models() if hasattr(timm_dresnet, name)]
@@ -207,6 +208,7 @@ def test_arguments_of_resnet(kwargs):
 
 
 @pytest.mark.parametrize('name,kwargs,words', [
+    ('dresnet18', dict(gates='gauss'), ["DResNet has no argument 'gates'", ' gate,', ' act_layer,']),
     ('dresnet18', dict(gate='sigmod'), ['gate', 'sigmoid', 'gauss', 'linear', 'sigmod']),
     ('dresnet18', dict(gate_init=1.), ['gate_init', '1.0']),
     ('dresnet18_gauss', dict(gate_init=1.), ['gate_init', 'slope']),
@@ -221,9 +223,41 @@ def test_arguments_of_resnet(kwargs):
     ('plainnet18', dict(drop_path_rate=0.1), ['drop_path_rate']),
 ])
 def test_wrong_arguments(name, kwargs, words):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((TypeError, ValueError)) as error:
         timm.create_model(name, **kwargs)
     assert all(word in str(error.value) for word in words)
+
+
+def test_freezing_stages_freezes_their_connections():
+    model = timm.create_model('test_dresnet').train()
+    frozen = ['conv1', 'bn1', 'layer1', 'layer2']
+    timm.utils.freeze(model, frozen)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.)
+    model(images(batch=4)).square().sum().backward()
+    optimizer.step()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == name.startswith(tuple(f'{module}.' for module in frozen)), name
+
+
+@torch.no_grad()
+def test_blocks_changed_by_hand():
+    model, x = timm.create_model('test_dresnet', pretrained=True).eval(), images()
+    assert len(model.layer3) == len([*model.layer3]) == len(model.layer3[:5]) == 2
+    assert model.layer3[-1] is model.layer3[1] is [*model.layer3][1]
+    last = model.layer4
+    model.layer4 = nn.Identity()
+    assert_close(model.forward_features(x), model.forward_intermediates(x, intermediates_only=True)[3])
+    model.layer4 = last
+    for module in (model.layer4[0], model.layer4[0].conv1, model.layer4[0].downsample[0]):
+        module.stride = 1 if module is model.layer4[0] else (1, 1)
+    assert_close(model(x), naive.dresnet(model, 'sigmoid', x)[0])
+    for change in (
+            lambda: model.layer3.__delitem__(1),
+            lambda: nn.Sequential(*[*model.children()][:-2])(x),
+            lambda: setattr(model, 'layer3', nn.Sequential(model.layer3[0])) or model(x)):
+        with pytest.raises(RuntimeError, match='need all blocks before them.*features_only=True'):
+            change()
 
 
 @pytest.mark.parametrize('name', ['dresnet18_gauss', 'adaresnet18'])
@@ -245,8 +279,7 @@ def test_layer_decay_groups(name):
         assert len(set(groups.values())) == count
         for n, group in groups.items():
             if '.connections.' in n:
-                stage = n.split('.')[1]
-                assert group == groups[f'{stage}.0.conv1.weight']
+                assert group == groups['fc.weight']  # what is new learns as the classifier does
     optimizer = create_optimizer_v2(model, 'adamw', lr=0.1, weight_decay=0.1, layer_decay=0.5)
     assert {group['lr_scale'] for group in optimizer.param_groups} == {0.5 ** i for i in range(depth + 2)}
 
@@ -257,7 +290,7 @@ def test_other_feature_extractors():
     for feature, expected in zip(model(images()), full.forward_intermediates(images(), intermediates_only=True)):
         assert_close(feature, expected)
     model = create('dresnet18', features_only=True, feature_cls='list')
-    with pytest.raises(TypeError, match='flow'):  # it would run stage after stage and leave the connections out
+    with pytest.raises(RuntimeError, match='features_only=True'):  # it runs stage after stage, without connections
         model(images())
 
 

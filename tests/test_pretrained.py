@@ -87,12 +87,58 @@ def test_packaged(hub, name):
 
 
 @pytest.mark.parametrize('name,kwargs', [
-    ('test_dresnet', dict(gate='linear')), ('test_dresnet', dict(connection_rank=2)),
-    ('test_adaresnet', dict(skip_weight='shared')),
+    ('test_dresnet', dict(gate='linear')), ('test_dresnet', dict(gate='gauss')),
+    ('test_dresnet', dict(connection_rank=2)), ('test_dresnet', dict(inference_mode=True)),
+    ('test_dresnet', dict(pruned_connections=[(4, 1)])), ('test_dresnet', dict(layers=(1, 2, 2, 2))),
+    ('test_adaresnet', dict(skip_weight='shared')), ('test_adaresnet', dict(inference_mode=True)),
 ], ids=str)
-def test_weights_of_another_function_do_not_load(name, kwargs):
-    with pytest.raises(RuntimeError, match='Missing key|Unexpected key|another skip_weight'):
-        timm.create_model(name, pretrained=True, **kwargs)
+def test_weights_of_another_function_do_not_load(name, kwargs, tmp_path):
+    """Whichever way they are loaded, and with another classifier too."""
+    argument = next(iter(kwargs))
+    weights = timm.create_model(name, pretrained=True).state_dict()
+    torch.save(weights, tmp_path / 'weights.pth')
+    for load in (
+            lambda: timm.create_model(name, pretrained=True, **kwargs),
+            lambda: timm.create_model(name, pretrained=True, num_classes=3, **kwargs),
+            lambda: timm.create_model(name, checkpoint_path=str(tmp_path / 'weights.pth'), **kwargs),
+            lambda: nn.ModuleDict(dict(model=timm.create_model(name, **kwargs))).load_state_dict(
+                {f'model.{key}': weight for key, weight in weights.items()}, strict=False)):
+        with pytest.raises(RuntimeError, match=f'^These weights are those of a network made with another {argument}'):
+            load()
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_weights_of_a_resnet_are_not_loaded_as_they_are(strict):
+    resnet = timm.create_model('resnet18')
+    for name in ('dresnet18', 'adaresnet18'):
+        with pytest.raises(RuntimeError, match=f'of a ResNet.*create_model..{name}., pretrained=True'):
+            timm.create_model(name).load_state_dict(resnet.state_dict(), strict=strict)
+    part = {'fc.weight': torch.ones(1000, 512)}
+    assert timm.create_model('dresnet18').load_state_dict(part, strict=False).missing_keys
+
+
+def test_untrained():
+    """A network without a tag is what the ResNet of its name is."""
+    for name, baseline in (('dresnet18', 'resnet18'), ('adaresnet50', 'resnet50')):
+        model, resnet = timm.create_model(name), timm.create_model(baseline)
+        assert model.num_classes == resnet.num_classes == 1000
+        assert resolve_model_data_config(model) == resolve_model_data_config(resnet)
+    model = timm.create_model('dresnet20_cifar')
+    assert model.num_classes == 10 and model.pretrained_cfg['input_size'] == (3, 32, 32)
+
+
+def test_names_of_classes_go_with_the_weights(tmp_path):
+    trained = timm.create_model('test_dresnet', pretrained=True)
+    assert trained.pretrained_cfg['label_names'][1] == 'automobile'
+    described = timm.create_model('dresnet18.tiny_in', pretrained=True).pretrained_cfg
+    assert described['label_descriptions'][described['label_names'][0]].startswith('goldfish')
+    torch.save(trained.state_dict(), tmp_path / 'weights.pth')
+    file = str(tmp_path / 'weights.pth')
+    for kwargs in (
+            dict(), dict(checkpoint_path=file), dict(pretrained=True, num_classes=2),
+            dict(pretrained=True, pretrained_cfg_overlay=dict(file=file))):
+        for name in ('test_dresnet', 'test_dresnet.c10'):
+            assert 'label_names' not in timm.create_model(name, **kwargs).pretrained_cfg, kwargs
 
 
 def test_weights_of_a_shared_skip_weight():

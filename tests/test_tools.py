@@ -259,3 +259,17 @@ def test_compiled_under_autocast(name):
     for exact, reference, found in zip(expected, eager, compiled):
         assert found.isfinite().all()
         assert (found - exact).norm() < 2 * (reference - exact).norm() + 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize('name,fused', [('test_dresnet', False), ('test_dresnet', True), ('test_adaresnet', False)])
+def test_static_quantization_by_fx(name, fused):
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+    torch.manual_seed(0)
+    model, x = timm.create_model(name, pretrained=True).eval(), torch.randn(32, 3, 32, 32)
+    network = timm.utils.reparameterize_model(model) if fused else copy.deepcopy(model)
+    prepared = prepare_fx(network, get_default_qconfig_mapping('x86'), (x,))
+    prepared(x)
+    with torch.no_grad():
+        quantized, exact = convert_fx(prepared)(x), model(x)
+    assert torch.nn.functional.cosine_similarity(quantized - quantized.mean(0), exact - exact.mean(0)).mean() > 0.9

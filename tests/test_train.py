@@ -7,11 +7,14 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_dresnet
 from conftest import ROOT, rows
+from timm_dresnet.folders import load_checkpoint, load_folder
+from train import validate
 from train.__main__ import main
 from train.arguments import parse_args
 from train.checkpoints import newest
@@ -110,7 +113,7 @@ def test_the_same_command_again(tmp_path, caplog):
     train(tmp_path, *args, '--data-dir', second)
     train(tmp_path, *args, '--data-dir', second, '--seed', 1)
     runs = [tmp_path / name for name in ('digits', 'digits-1', 'digits-2')]
-    assert [timm.create_model(f'local-dir:{run}').pretrained_cfg['label_names'] for run in runs] == [
+    assert [load_folder(run).pretrained_cfg['label_names'] for run in runs] == [
         ['a', 'b'], ['c', 'd'], ['c', 'd']]
     weights = (runs[1] / 'model.safetensors').stat()
     (tmp_path / 'moved').mkdir()
@@ -118,6 +121,33 @@ def test_the_same_command_again(tmp_path, caplog):
         train(tmp_path, *args, '--workers', 1, '--data-dir', second.rename(tmp_path / 'moved' / 'even'))
     assert str(runs[1]) in caplog.text and 'already' in caplog.text
     assert (runs[1] / 'model.safetensors').stat() == weights
+
+
+def test_other_classes_than_before(tmp_path, capsys, caplog):
+    """End a run that resumes and one that is finished; and checkpoints have their names of classes."""
+    folder = write_digits(tmp_path / 'images', {split: dict(a=1, b=2, c=3) for split in ('train', 'validation')})
+    args = ['--model', 'test_dresnet', '--dataset', '', '--num-classes', 3, '--data-dir', folder, '--batch-size', 20]
+    output = train(tmp_path, *args)
+    validate.main([str(output / 'last.pth.tar'), '--data-dir', str(folder), '--workers', '0'])
+    assert load_checkpoint(output / 'last.pth.tar').pretrained_cfg['label_names'] == ['a', 'b', 'c']
+    for split in ('train', 'validation'):
+        (folder / split / 'b').rename(folder / split / 'd')
+    with pytest.raises(SystemExit, match='class c has number 1 in the data set and 2 in the model'):
+        train(tmp_path, *args)
+    (output / 'model.safetensors').unlink()
+    with pytest.raises(SystemExit, match='was trained with other classes than the data set has .b, d.'):
+        train(tmp_path, *args)
+
+
+def test_images_of_four_channels(tmp_path):
+    for split in ('train', 'validation'):
+        for name in 'ab':
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.effect_noise((16, 16), 50).convert('RGBA').save(tmp_path / split / name / f'{i}.png')
+    output = train(tmp_path, '--model', 'test_resnet', '--dataset', '', '--data-dir', tmp_path, '--in-chans', 4,
+                   '--num-classes', 2)
+    validate.main([str(output), '--data-dir', str(tmp_path), '--workers', '0'])
 
 
 def test_classes_that_do_not_fit(tmp_path):
@@ -129,7 +159,7 @@ def test_classes_that_do_not_fit(tmp_path):
             ([*of_folder, '--num-classes', 2], '3 classes, the model 2: see --num-classes')):
         with pytest.raises(SystemExit, match=message):
             train(tmp_path, *args)
-    with pytest.raises(SystemExit, match='the data set has 10 classes, the model 200: say --num-classes 10, or 200'):
+    with pytest.raises(SystemExit, match='the data set has 10 classes, the model 1000: say --num-classes 10, or 1000'):
         main(['--dataset', 'digits', '--model', 'dresnet18', '--in-chans', '1', '--output', str(tmp_path)])
 
 
@@ -202,7 +232,6 @@ def test_loss_that_is_not_finite(tmp_path):
     (['--pretrained', '--model', 'dresnet56_cifar'], ['--pretrained', 'dresnet56_cifar']),
     (['--config', '/no/such/recipe.yaml'], ['/no/such/recipe.yaml', 'No such file']),
     (['--dataset', ''], ['--config', '--data-dir', '--dataset']),
-    (['--batch-size', '2000'], ['--batch-size', '2000']),
     (['--epochs', '0'], ['--epochs', "'0'"]),
     (['--aa', 'rnad-m7'], ['--aa rnad-m7', 'Unknown']),
     (['--opt-kwargs', 'speed=1'], ['sgd', '--opt-kwargs', 'speed']),

@@ -286,8 +286,8 @@ def create_parser() -> argparse.ArgumentParser:
     """The parser of `timm-dresnet`."""
     parser = argparse.ArgumentParser(
         prog='timm-dresnet', description='Residual networks with learned skip connections, for timm.',
-        epilog='MODEL is the folder of a model, a checkpoint of a run, hf-hub:owner/name, or a model of timm, with a tag '
-               'or without. timm-dresnet COMMAND --help has examples.')
+        epilog='MODEL is the folder of a model, a checkpoint of a run, hf-hub:owner/name, or a model of timm, with a '
+               'tag or without. timm-dresnet COMMAND --help has examples.')
     parser.add_argument('--version', action='version', version=timm_dresnet.__version__)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
 

@@ -221,7 +221,7 @@ def _check_folder(data_dir: Optional[str], split: str, is_training: bool) -> Non
 def _name_unread(folder: str) -> None:
     files = (file for _, _, files in os.walk(folder, followlinks=True) for file in files)
     suffixes = Counter(Path(file).suffix.lower() or 'without a suffix' for file in files)
-    unread = [f'{count:,} {suffix}' for suffix, count in suffixes.items() if suffix not in SUFFIXES]
+    unread = [f'{count:,} {suffix}' for suffix, count in sorted(suffixes.items()) if suffix not in SUFFIXES]
     if unread:
         _logger.warning(f'Files in {folder} that are not read as images: {", ".join(unread)}')
 
