@@ -229,7 +229,7 @@ def test_wrong_arguments(name, kwargs, words):
 
 
 def test_freezing_stages_freezes_their_connections():
-    model = timm.create_model('test_dresnet').train()
+    model = timm.create_model('test_dresnet', pretrained=True).train()
     frozen = ['conv1', 'bn1', 'layer1', 'layer2']
     timm.utils.freeze(model, frozen)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
