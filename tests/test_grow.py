@@ -1,9 +1,20 @@
-"""The weights of timm's ResNets, grown into networks with learned connections."""
+"""ResNets of timm and their weights, grown into networks with learned connections."""
+
 import pytest
 import timm
 import torch
+import torch.nn as nn
 from safetensors.torch import save_file
+from timm.models import model_entrypoint, save_for_hf
 from timm.optim import create_optimizer_v2
+from timm.utils import reparameterize_model
+
+import timm_dresnet
+
+RESNETS = [name for name in timm.list_models() if model_entrypoint(name).__module__ == 'timm.models.resnet']
+QUICK = {  # one of each kind
+    'ecaresnet26t', 'ecaresnet50d_pruned', 'resnet18', 'resnet34d', 'resnet50_gn', 'resnet50s', 'resnet50t',
+    'resnetblur50d', 'resnetrs50', 'resnext50_32x4d', 'seresnet50', 'test_resnet'}
 
 
 def trained(arch, **kwargs):
@@ -75,3 +86,80 @@ def test_weights_of_another_network_are_refused(tmp_path):
     with pytest.raises(RuntimeError, match='another layers'):
         timm.create_model(
             'dresnet18', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'resnet.safetensors')))
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RESNETS])
+@torch.no_grad()
+def test_every_resnet_of_timm(name):
+    torch.manual_seed(0)
+    resnet = timm.create_model(name).eval()
+    for module in resnet.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.uniform_(0.5, 1)
+            module.running_mean.normal_(std=0.05)
+    before, x = resnet.state_dict(), torch.randn(1, 3, 224 if name == 'resnet18' else 65, 65)
+    for kind in ('dresnet', 'adaresnet'):
+        grown = timm_dresnet.grow(resnet, kind).eval()
+        torch.testing.assert_close(grown(x), resnet(x), rtol=1e-5, atol=1e-5)
+        learned = timm_dresnet.connections(grown)
+        assert len(learned) > 2 and type(resnet) is timm.models.ResNet and resnet.state_dict().keys() == before.keys()
+        sizes = [sum(p.numel() for p in model.parameters()) for model in (grown, resnet)]
+        assert sizes[0] <= 1.15 * sizes[1]
+        again = timm.create_model(kind, device='meta', **grown._model_args)
+        assert {key: tensor.shape for key, tensor in again.state_dict().items()} == {
+            key: tensor.shape for key, tensor in grown.state_dict().items()}
+
+
+@pytest.mark.parametrize('kind,kwargs', [
+    ('dresnet', dict(gate='gauss')), ('dresnet', dict(connection_rank=4)), ('adaresnet', dict(skip_weight='shared')),
+], ids=str)
+def test_grown_is_a_model_of_timm(kind, kwargs, tmp_path):
+    """Trained, pruned, saved, loaded, fused, and taken as a backbone."""
+    resnet = timm.create_model('resnet10t', num_classes=5, in_chans=1)
+    names = list('abcde')
+    resnet.pretrained_cfg.update(num_classes=5, label_names=names)
+    model = timm_dresnet.grow(resnet, kind, **kwargs).train()
+    x = torch.randn(4, 1, 65, 65)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), torch.arange(4)).backward()
+        optimizer.step()
+    model.eval()
+    if kind == 'dresnet':
+        assert all(abs(record['effect']) > 0 for record in timm_dresnet.connections(model, x))
+        assert timm_dresnet.prune_connections(model, keep=0.5)
+    for saved, folder in ((model, 'model'), (reparameterize_model(model), 'fused')):
+        save_for_hf(saved, tmp_path / folder, safe_serialization=True)
+        loaded = timm.create_model(f'local-dir:{tmp_path / folder}', pretrained=True).eval()
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-4)
+        assert loaded.pretrained_cfg['label_names'] == names and loaded.fused == (folder == 'fused')
+    backbone = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True, features_only=True).eval()
+    torch.testing.assert_close(backbone(x)[-1], model.forward_features(x))
+
+
+def test_grown_by_name():
+    resnet = trained('resnet18d')
+    overlay, x = dict(state_dict=resnet.state_dict()), torch.randn(2, 3, 64, 64)
+    for name, kwargs in (
+            ('dresnet18d', {}), ('adaresnet18d.init_ra2_in1k', {}), ('dresnet', dict(grown_from='resnet18d.ra2_in1k'))):
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+        torch.testing.assert_close(model(x), resnet(x), rtol=1e-5, atol=1e-5)
+        assert model.pretrained_cfg['mean'] == resnet.pretrained_cfg['mean']
+    for name in timm_dresnet.growing._NAMES:
+        assert timm.list_pretrained(f'{name}.init_*') and timm.create_model(name, device='meta').num_classes == 1000
+
+
+@pytest.mark.parametrize('make,kind,kwargs,words', [
+    (lambda: timm.create_model('resnet18', features_only=True), 'dresnet', {}, 'FeatureListNet.*features_only'),
+    (lambda: timm.create_model('test_vit'), 'dresnet', {}, 'a ResNet of timm.*VisionTransformer'),
+    (lambda: timm.create_model('test_dresnet'), 'dresnet', {}, 'without learned connections.*DResNet'),
+    (lambda: timm.create_model('skresnet18'), 'adaresnet', {}, 'SelectiveKernelBasic'),
+    (lambda: timm.create_model('test_resnet'), 'plainnet', {}, "'dresnet', 'adaresnet', got 'plainnet'"),
+    (lambda: timm.create_model('test_resnet'), 'adaresnet', dict(gate='gauss'), "skip_weight.*not 'gate'"),
+    (lambda: timm.create_model('test_resnet'), 'dresnet', dict(gate='soft'), "sigmoid.*'soft'"),
+])
+def test_what_cannot_grow(make, kind, kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        timm_dresnet.grow(make(), kind, **kwargs)

@@ -19,7 +19,7 @@ from hub import bundle, cards
 from hub.push import Upload, build, main
 from hub_server import Fault
 
-KINDS = ('dresnet', 'adaresnet', 'pruned', 'fused')
+KINDS = ('dresnet', 'adaresnet', 'pruned', 'fused', 'grown')
 
 
 @pytest.fixture(scope='module')
@@ -29,9 +29,15 @@ def folders(tmp_path_factory):
     for kind in KINDS:
         torch.manual_seed(0)
         model = timm.create_model('test_adaresnet' if kind == 'adaresnet' else 'test_dresnet', num_classes=7).eval()
-        if kind == 'pruned':
+        if kind == 'grown':
+            model = timm_dresnet.grow(timm.create_model('test_resnet', num_classes=7)).train()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            model(torch.randn(4, 3, 64, 64)).square().sum().backward()
+            optimizer.step()
+            model.eval()
+        if kind in ('pruned', 'grown'):
             timm_dresnet.prune_connections(model, keep=0.5)
-        if kind == 'fused':
+        if kind in ('fused', 'grown'):
             model = reparameterize_model(model)
         folder = tmp_path_factory.mktemp(kind)
         save_for_hf(model, folder, safe_serialization=True)

@@ -10,6 +10,7 @@ from .dresnet import (
     DResNet, dresnet18, dresnet18_gauss, dresnet34, dresnet34_gauss, dresnet50, dresnet50_gauss, dresnet101,
     dresnet101_gauss, dresnet18_cifar, dresnet20_cifar, dresnet56_cifar, test_dresnet)
 from .gates import GATES
+from .growing import grow
 from .inspection import connections, signal_propagation
 from .pictures import plot_arcs, plot_connections, plot_gates, plot_history, plot_signal_propagation
 from .plainnet import PlainNet, plainnet18, plainnet34, plainnet18_cifar, plainnet20_cifar, plainnet56_cifar
@@ -25,7 +26,7 @@ __all__ = [
     'PlainNet', 'plainnet18', 'plainnet34', 'plainnet18_cifar', 'plainnet20_cifar', 'plainnet56_cifar',
     'ResNet', 'resnet18_cifar', 'resnet20_cifar', 'resnet56_cifar',
     'GATES',
-    'connections', 'signal_propagation',
+    'connections', 'grow', 'signal_propagation',
     'plot_arcs', 'plot_connections', 'plot_gates', 'plot_history', 'plot_signal_propagation',
     'prune_connections',
     '__version__',

@@ -5,7 +5,7 @@ Papers:
   https://arxiv.org/abs/2408.09958
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
 """
-from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -88,6 +88,7 @@ class AdaBottleneck(AdaBlock, Bottleneck):
 
 class AdaResNet(ResNet):
     """AdaResNet."""
+    _zero_init_last = True
 
     def __init__(
             self,
@@ -116,13 +117,6 @@ class AdaResNet(ResNet):
         Raises:
             ValueError: If an argument is not one of the choices.
         """
-        groups = {
-            'per_block': lambda name, block: name,
-            'per_kind': lambda name, block: block.downsample is None,
-            'shared': lambda name, block: None,
-        }
-        if skip_weight not in groups:
-            raise ValueError(f"skip_weight must be one of {', '.join(map(repr, groups))}, got {skip_weight!r}.")
         if not isinstance(skip_init, (int, float)):
             raise ValueError(f'skip_init must be a number, got {skip_init!r}.')
         if zero_init_last and skip_init == 0:
@@ -132,12 +126,29 @@ class AdaResNet(ResNet):
             zero_init_last = skip_init != 0
         super().__init__(block, layers, zero_init_last=zero_init_last, device=device, dtype=dtype, **kwargs)
 
-        skip_weights = {}
+        self.add_skip_weights(skip_init, skip_weight, inference_mode, device=device, dtype=dtype)
+
+    def add_skip_weights(
+            self,
+            skip_init: float = 1.,
+            skip_weight: str = 'per_block',
+            inference_mode: bool = False,
+            **dd,
+    ) -> None:
+        """Add the skip weights to a ResNet whose class is AdaResNet already; see `__init__` for the arguments."""
+        groups: Dict[str, Callable[..., Any]] = {
+            'per_block': lambda name, block: name,
+            'per_kind': lambda name, block: block.downsample is None,
+            'shared': lambda name, block: None,
+        }
+        if skip_weight not in groups:
+            raise ValueError(f"skip_weight must be one of {', '.join(map(repr, groups))}, got {skip_weight!r}.")
+        skip_weights: Dict[Any, SkipWeight] = {}
         for stage in self.stage_names:
             for name, module in getattr(self, stage).named_children():
                 group = groups[skip_weight](f'{stage}.{name}', module)
                 if group not in skip_weights:
-                    skip_weights[group] = SkipWeight(skip_init, device=device, dtype=dtype)
+                    skip_weights[group] = SkipWeight(skip_init, **dd)
                 module.skip_weight = skip_weights[group]
         if inference_mode:
             reparameterize_model(self, inplace=True)

@@ -200,6 +200,11 @@ def fuse_command(args: argparse.Namespace) -> None:
     _write_model(fused, args)
 
 
+def grow_command(args: argparse.Namespace) -> None:
+    kwargs = dict(gate=args.gate) if args.gate else {}
+    _write_model(timm_dresnet.grow(load(args.model), args.kind, **kwargs), args)
+
+
 def prune_command(args: argparse.Namespace) -> None:
     model = load(args.model, families=['DResNet'])
     if not isinstance(model, timm_dresnet.DResNet):
@@ -344,6 +349,12 @@ def create_parser() -> argparse.ArgumentParser:
     command = add('fuse', fuse_command, 'fold norms, gates and the skip weights of projections into plain convolutions',
                   'output/digits output/fused', json='')
     add_output(command)
+
+    command = add('grow', grow_command, 'let a ResNet grow connections, which compute nothing until they are trained',
+                  'resnet50d.ra4_e3600_r224_in1k output/grown', 'output/resnet output/grown --kind adaresnet', json='')
+    add_output(command)
+    command.add_argument('--kind', default='dresnet', choices=('dresnet', 'adaresnet'), help='(%(default)s)')
+    command.add_argument('--gate', choices=[*timm_dresnet.GATES], help='gate function of a DResNet (sigmoid)')
 
     command = add('prune', prune_command, 'remove learned connections that do little',
                   'test_dresnet output/pruned --keep 0.5',

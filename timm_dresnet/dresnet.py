@@ -5,7 +5,7 @@ Papers:
   https://github.com/Mao-chuan/An_improve_on_ResNet--Introduces_dynamic_connections
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
 """
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -129,17 +129,32 @@ class DResNet(ResNet):
         Raises:
             ValueError: If an argument is not one of the choices.
         """
+        super().__init__(block, layers, norm_layer=norm_layer, device=device, dtype=dtype, **kwargs)
+        self.add_connections(
+            gate, gate_init, connection_rank, pruned_connections, get_norm_layer(norm_layer), inference_mode,
+            device=device, dtype=dtype)
+
+    def add_connections(
+            self,
+            gate: str = 'sigmoid',
+            gate_init: Optional[float] = None,
+            connection_rank: Optional[int] = None,
+            pruned_connections: Sequence[Tuple[int, int]] = (),
+            norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+            inference_mode: bool = False,
+            **dd,
+    ) -> None:
+        """Add the connections to a ResNet whose class is DResNet already; see `__init__` for the arguments."""
         if connection_rank is not None and (type(connection_rank) is not int or connection_rank < 0):
             raise ValueError(f'connection_rank must be None or a whole number from 0 on, got {connection_rank!r}.')
-        super().__init__(block, layers, norm_layer=norm_layer, device=device, dtype=dtype, **kwargs)
-
         source_chs: List[int] = []
         feature_info: Any = self.feature_info[1:]
+        depths = [len(getattr(self, name)) for name in self.stage_names]
         self.pruned_connections: List[Tuple[int, int]] = []
-        for name, depth, info in zip(self.stage_names, layers, feature_info):
+        for name, depth, info in zip(self.stage_names, depths, feature_info):
             first, last = len(source_chs) + 1, len(source_chs) + depth
             source_chs += depth * [info['num_chs']]
-            targets = range(max(first + 1, 3), min(last + 1, sum(layers)) + 1)
+            targets = range(max(first + 1, 3), min(last + 1, sum(depths)) + 1)
             connections = Connections(
                 source_chs,
                 {i: range(1, i - 1) for i in targets},
@@ -147,9 +162,8 @@ class DResNet(ResNet):
                 gate=gate,
                 gate_init=gate_init,
                 rank=connection_rank,
-                norm_layer=get_norm_layer(norm_layer),
-                device=device,
-                dtype=dtype,
+                norm_layer=norm_layer,
+                **dd,
             ) if targets else None
             setattr(self, name, DResNetStage(getattr(self, name), first, connections))
         self.prune_connections(pruned_connections)

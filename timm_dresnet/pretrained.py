@@ -3,7 +3,7 @@ import hashlib
 import json
 import re
 from importlib.resources import files
-from typing import Any, Callable, Dict, Optional, Type
+from typing import Any, Callable, Dict, Optional
 
 import torch
 import torch.nn as nn
@@ -72,7 +72,7 @@ def _load_packaged(name: str) -> Dict[str, torch.Tensor]:
 
 
 def build_model_with_cfg(
-        model_cls: Type[nn.Module],
+        model_cls: Callable[..., nn.Module],
         variant: str,
         pretrained: bool,
         pretrained_filter_fn: Callable[..., Any],
@@ -134,9 +134,8 @@ def refuse_other_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor]) 
         return
     if all('conv1.weight' in name for name in given) and all('conv1' not in name for name in different):
         raise RuntimeError(
-            'These weights are those of a ResNet, without learned connections or skip weights. Let it grow some by '
-            f"timm.create_model('{model.pretrained_cfg['architecture']}', pretrained=True, "
-            "pretrained_cfg_overlay=dict(file='resnet.safetensors')).")
+            'These weights are those of a ResNet, without learned connections or skip weights: load them into the '
+            'ResNet, and let that grow some by timm_dresnet.grow(resnet).')
     argument, name = next(
         (argument, name) for pattern, argument in _ARGUMENTS for name in different if re.search(pattern, name))
     how = 'is missing' if name not in given else 'is not expected' if name not in there else (

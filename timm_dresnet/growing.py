@@ -1,0 +1,189 @@
+"""Any ResNet of timm into one with learned connections or skip weights, which computes the same until it is trained."""
+import copy
+import dataclasses
+import re
+from functools import partial
+from typing import Any, Dict, List, Sequence
+
+import torch.nn as nn
+from timm.layers import GroupNorm1
+from timm.models import create_model, generate_default_cfgs, get_pretrained_cfg, register_model, resnet
+
+from .adaresnet import AdaBasicBlock, AdaBottleneck, AdaResNet
+from .adaresnet import checkpoint_filter_fn as _adaresnet_filter_fn
+from .dresnet import DResNet
+from .dresnet import checkpoint_filter_fn as _dresnet_filter_fn
+from .pretrained import build_model_with_cfg, grown_cfgs
+from .resnet import ResNet, _cfg
+
+__all__ = ['grow']  # the model registry adds each entry point to this
+
+_MAX_COST = 0.13  # what connections of the rank chosen here may add to parameters and to multiply-adds
+
+
+def grow(model: nn.Module, kind: str = 'dresnet', **kwargs: Any) -> ResNet:
+    """Let connections or skip weights grow into a ResNet that is there, with its weights.
+
+    The network that is returned computes the same and learns from there. Preprocessing and names of classes come along.
+    It is saved and loaded as any model of timm is: its architecture is 'dresnet' or 'adaresnet', with the ResNet's name
+    for ``grown_from``. The model that is given is left as it is.
+
+    Args:
+        model: Any ResNet of timm (ResNeXt, wide, with attention, ...) or of this package, such as
+            ``timm.create_model('resnet50d', pretrained=True)``.
+        kind: 'dresnet' or 'adaresnet'.
+        **kwargs: Arguments of `DResNet` (``gate``, ``gate_init``, ``connection_rank``; if not given, the largest rank
+            that adds at most 13 % to parameters and multiply-adds) or of `AdaResNet` (``skip_weight``).
+
+    Raises:
+        ValueError: If the model is no ResNet that can grow, or an argument is not one of the choices.
+    """
+    if kind not in _GROW:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, _GROW))}, got {kind!r}.")
+    if unknown := sorted(kwargs.keys() - set(_ARGUMENTS[kind])):
+        raise ValueError(f"a {kind} grows with the arguments {', '.join(_ARGUMENTS[kind])}, not {unknown[0]!r}.")
+    grown = _GROW[kind](copy.deepcopy(model), **kwargs)
+    state_dict = grown.state_dict()
+    learned = r'\.connections\.' if kind == 'dresnet' else r'\.skip_weight\.'
+    weights = {name: tensor for name, tensor in state_dict.items() if not re.search(learned, name)}
+    grown.load_state_dict(_FILTERS[kind](weights, grown))
+    if cfg := getattr(model, 'pretrained_cfg', None):  # else timm did not create it, and cannot create it again
+        grown.pretrained_cfg = grown.default_cfg = dict(cfg, architecture=kind)
+        grown._model_args = dict(getattr(model, '_model_args', {}), grown_from=cfg['architecture'], **kwargs)
+    return grown
+
+
+def _adopt(model: nn.Module, family: Any) -> Any:
+    """Make a ResNet one of a family, in place."""
+    if not isinstance(model, resnet.ResNet) or isinstance(model, (AdaResNet, DResNet)):
+        raise ValueError(
+            f'a ResNet of timm without learned connections is needed, got a {type(model).__name__}: give the whole '
+            'network, not one made with features_only=True.')
+    names = getattr(model, 'stage_names', ('layer1', 'layer2', 'layer3', 'layer4'))
+    model.__class__ = family
+    model.stage_names = names
+    return model
+
+
+def _device_and_dtype(model: nn.Module) -> Dict[str, Any]:
+    parameter = next(model.parameters())
+    return dict(device=parameter.device, dtype=parameter.dtype)
+
+
+def _grow_dresnet(model: nn.Module, connection_rank: Any = None, **kwargs: Any) -> DResNet:
+    grown = _adopt(model, DResNet)
+    norm_layer = GroupNorm1 if isinstance(grown.bn1, nn.GroupNorm) else nn.BatchNorm2d
+    if connection_rank is None:
+        connection_rank = _choose_rank(grown)
+    grown.add_connections(
+        connection_rank=connection_rank, norm_layer=norm_layer, **kwargs, **_device_and_dtype(grown))
+    return grown
+
+
+def _grow_adaresnet(model: nn.Module, **kwargs: Any) -> AdaResNet:
+    grown = _adopt(model, AdaResNet)
+    families = {resnet.BasicBlock: AdaBasicBlock, resnet.Bottleneck: AdaBottleneck}
+    for name in grown.stage_names:
+        for block in getattr(grown, name):
+            if type(block) not in families:
+                raise ValueError(
+                    f"skip weights grow into timm's BasicBlock and Bottleneck, not into a {type(block).__name__}.")
+            block.__class__ = families[type(block)]
+    grown.add_skip_weights(**kwargs, **_device_and_dtype(grown))
+    return grown
+
+
+_GROW = dict(dresnet=_grow_dresnet, adaresnet=_grow_adaresnet)
+_FILTERS = dict(dresnet=_dresnet_filter_fn, adaresnet=_adaresnet_filter_fn)
+
+
+def _choose_rank(model: DResNet) -> int:
+    """Rank of the connections: 0 for full width where that is cheap, or else the largest that is."""
+    feature_info: Sequence[Dict[str, Any]] = model.feature_info[1:]
+    stages = [getattr(model, name) for name in model.stage_names]
+    positions = [(feature_info[0]['reduction'] / info['reduction']) ** 2 for info in feature_info]
+    parameters = sum(p.numel() for p in model.parameters())
+    multiply_adds = float(sum(p.numel() for p in model.conv1.parameters()))
+    multiply_adds += sum(area * sum(p.numel() for p in stage.parameters()) for area, stage in zip(positions, stages))
+    blocks = sum(map(len, stages))
+
+    def cost(rank: int) -> float:
+        source_chs: List[int] = []
+        added = []
+        for stage, info in zip(stages, feature_info):
+            chs, weights = info['num_chs'], 0
+            for _ in stage:
+                source_chs.append(chs)
+                if 2 <= len(source_chs) < blocks:  # the next block takes from all before this one
+                    weights += (rank or chs) * sum(source_chs[:-1]) + rank * chs
+            added.append(weights)
+        return max(sum(added) / parameters, sum(area * n for area, n in zip(positions, added)) / multiply_adds)
+
+    return next((rank for rank in (0, 64, 56, 48, 40, 32, 24, 16, 8) if cost(rank) <= _MAX_COST), 4)
+
+
+_ARGUMENTS = dict(
+    dresnet=('gate', 'gate_init', 'connection_rank', 'pruned_connections', 'inference_mode'),
+    adaresnet=('skip_init', 'skip_weight', 'inference_mode'),
+)
+
+
+def _build(kind: str, grown_from: str, **kwargs: Any) -> ResNet:
+    own = {name: kwargs.pop(name) for name in _ARGUMENTS[kind] if name in kwargs}
+    return _GROW[kind](create_model(grown_from, **kwargs), **own)
+
+
+def _create_grown(kind: str, variant: str, grown_from: str, pretrained: bool, pretrained_cfg: Any, **kwargs) -> ResNet:
+    if not pretrained_cfg:
+        pretrained_cfg = get_pretrained_cfg(grown_from)
+        if pretrained_cfg:
+            pretrained_cfg = dataclasses.replace(pretrained_cfg, architecture=variant)
+    return build_model_with_cfg(
+        partial(_build, kind, grown_from),
+        variant,
+        pretrained,
+        pretrained_filter_fn=_FILTERS[kind],
+        pretrained_cfg=pretrained_cfg,
+        feature_cfg=dict(out_indices=None, feature_cls='getter'),
+        **kwargs,
+    )
+
+
+# of each kind of ResNet for which timm has weights of its own, the depths up to 152 that do best on ImageNet-1k
+_RESNETS = (
+    'resnet18d', 'resnet34d', 'resnet50d', 'resnet101d', 'resnet152d', 'resnetaa50', 'resnetrs50', 'resnext50_32x4d',
+    'resnext101_32x8d', 'wide_resnet50_2', 'seresnet50', 'ecaresnet50t',
+)
+_NAMES = {
+    resnet_name.replace('res', prefix, 1): (kind, resnet_name)
+    for kind, prefix in (('dresnet', 'dres'), ('adaresnet', 'adares')) for resnet_name in _RESNETS}
+
+default_cfgs = generate_default_cfgs({
+    'dresnet': _cfg(),
+    'adaresnet': _cfg(),
+    **{tag: cfg for name, (_, resnet_name) in _NAMES.items() for tag, cfg in grown_cfgs(name, resnet_name).items()},
+})
+
+
+@register_model
+def dresnet(pretrained: bool = False, grown_from: str = 'resnet50', pretrained_cfg: Any = None, **kwargs) -> ResNet:
+    """DResNet, grown from any ResNet that timm can create."""
+    return _create_grown('dresnet', 'dresnet', grown_from, pretrained, pretrained_cfg, **kwargs)
+
+
+@register_model
+def adaresnet(pretrained: bool = False, grown_from: str = 'resnet50', pretrained_cfg: Any = None, **kwargs) -> ResNet:
+    """AdaResNet, grown from any ResNet that timm can create."""
+    return _create_grown('adaresnet', 'adaresnet', grown_from, pretrained, pretrained_cfg, **kwargs)
+
+
+def _register(name: str, kind: str, resnet_name: str) -> None:
+    def create(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs) -> ResNet:
+        return _create_grown(kind, name, resnet_name, pretrained, pretrained_cfg, **kwargs)
+
+    create.__name__, create.__doc__ = name, f"{kind}, grown from timm's {resnet_name}."
+    register_model(create)
+
+
+for _name, (_kind, _resnet_name) in _NAMES.items():
+    _register(_name, _kind, _resnet_name)
