@@ -260,14 +260,19 @@ class DResNet(ResNet):
         return x
 
 
+def start_from_resnet(state_dict: Dict[str, torch.Tensor]) -> None:
+    """Let connections add nothing, and train from there: their norm weights are set to 0, in place."""
+    for name, value in state_dict.items():
+        if '.connections.' in name and '.norm.' in name and name.endswith('.weight'):
+            nn.init.zeros_(value)
+
+
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Let the weights of a ResNet grow connections: with norm weights of 0 these add nothing, and train from there."""
+    """Let the weights of a ResNet grow connections."""
     if any('.connections.' in name for name in state_dict):
         return state_dict
     connections = {k: v.clone() for k, v in model.state_dict().items() if '.connections.' in k}
-    for name, value in connections.items():
-        if '.norm.' in name and name.endswith('.weight'):
-            nn.init.zeros_(value)
+    start_from_resnet(connections)
     return dict(state_dict, **connections)
 
 

@@ -1,7 +1,6 @@
 """Any ResNet of timm into one with learned connections or skip weights, which computes the same until it is trained."""
 import copy
 import dataclasses
-import re
 from functools import partial
 from typing import Any, Dict, List, Sequence
 
@@ -11,7 +10,7 @@ from timm.models import create_model, generate_default_cfgs, get_pretrained_cfg,
 
 from .adaresnet import AdaBasicBlock, AdaBottleneck, AdaResNet
 from .adaresnet import checkpoint_filter_fn as _adaresnet_filter_fn
-from .dresnet import DResNet
+from .dresnet import DResNet, start_from_resnet
 from .dresnet import checkpoint_filter_fn as _dresnet_filter_fn
 from .pretrained import build_model_with_cfg, grown_cfgs
 from .resnet import ResNet, _cfg
@@ -43,10 +42,7 @@ def grow(model: nn.Module, kind: str = 'dresnet', **kwargs: Any) -> ResNet:
     if unknown := sorted(kwargs.keys() - set(_ARGUMENTS[kind])):
         raise ValueError(f"a {kind} grows with the arguments {', '.join(_ARGUMENTS[kind])}, not {unknown[0]!r}.")
     grown = _GROW[kind](copy.deepcopy(model), **kwargs)
-    state_dict = grown.state_dict()
-    learned = r'\.connections\.' if kind == 'dresnet' else r'\.skip_weight\.'
-    weights = {name: tensor for name, tensor in state_dict.items() if not re.search(learned, name)}
-    grown.load_state_dict(_FILTERS[kind](weights, grown))
+    start_from_resnet(grown.state_dict())
     if cfg := getattr(model, 'pretrained_cfg', None):  # else timm did not create it, and cannot create it again
         grown.pretrained_cfg = grown.default_cfg = dict(cfg, architecture=kind)
         grown._model_args = dict(getattr(model, '_model_args', {}), grown_from=cfg['architecture'], **kwargs)
@@ -94,6 +90,7 @@ def _grow_adaresnet(model: nn.Module, **kwargs: Any) -> AdaResNet:
 
 
 _GROW = dict(dresnet=_grow_dresnet, adaresnet=_grow_adaresnet)
+_ARGUMENTS = dict(dresnet=('gate', 'gate_init', 'connection_rank'), adaresnet=('skip_weight',))
 _FILTERS = dict(dresnet=_dresnet_filter_fn, adaresnet=_adaresnet_filter_fn)
 
 
@@ -122,14 +119,9 @@ def _choose_rank(model: DResNet) -> int:
     return next((rank for rank in (0, 64, 56, 48, 40, 32, 24, 16, 8) if cost(rank) <= _MAX_COST), 4)
 
 
-_ARGUMENTS = dict(
-    dresnet=('gate', 'gate_init', 'connection_rank', 'pruned_connections', 'inference_mode'),
-    adaresnet=('skip_init', 'skip_weight', 'inference_mode'),
-)
-
-
 def _build(kind: str, grown_from: str, **kwargs: Any) -> ResNet:
-    own = {name: kwargs.pop(name) for name in _ARGUMENTS[kind] if name in kwargs}
+    names = (*_ARGUMENTS[kind], 'pruned_connections', 'skip_init', 'inference_mode')
+    own = {name: kwargs.pop(name) for name in names if name in kwargs}
     return _GROW[kind](create_model(grown_from, **kwargs), **own)
 
 
