@@ -140,6 +140,7 @@ def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
     (['fuse', 'test_dresnet', 'photos'], ['photos', 'not an empty folder']),
     (['connections', 'test_dresnet', '--images', '-'], ['no image']),
     (['connections', 'resnet18'], ['resnet18 is not a DResNet or AdaResNet']),
+    (['connections', 'adaresnet'], ['adaresnet', 'without weights']),
     (['connections', 'photos/kept'], ['photos/kept is not a checkpoint of python -m train']),
     (['signal', 'resnet20_cifar'], ['resnet20_cifar', 'without weights']),
     (['export', 'test_dresnet', 'out', '--format', 'onnx', '--int8'], ['--int8', '--images']),

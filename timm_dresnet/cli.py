@@ -53,7 +53,7 @@ def load(name: str, pretrained: bool = True, families: Sequence[str] = ()) -> nn
             hint = f'Did you mean {" or ".join(near)}?' if near else 'timm-dresnet list shows all.'
             raise ValueError(f'There is no folder and no model {name}. {hint}')
         module = timm.models.model_entrypoint(architecture).__module__
-        if families and module not in [f'timm_dresnet.{family.lower()}' for family in families]:
+        if families and module not in [f'timm_dresnet.{family.lower()}' for family in (*families, 'growing')]:
             raise ValueError(f'{name} is not a {" or ".join(families)}, and so has no learned connections.')
         if tag and name not in timm.list_pretrained(f'{architecture}.*'):
             raise ValueError(f'{architecture} has no weights {tag!r}: timm-dresnet list {architecture}* shows all.')

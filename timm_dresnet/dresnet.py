@@ -261,7 +261,13 @@ class DResNet(ResNet):
 
 
 def start_from_resnet(state_dict: Dict[str, torch.Tensor]) -> None:
-    """Let connections add nothing, and train from there: their norm weights are set to 0, in place."""
+    """Let connections add nothing, and train from there: their norm weights are set to 0, in place.
+
+    Where linear gates start at 0 they stay, since behind these and norm weights of 0 nothing would ever train.
+    """
+    gates = [value for name, value in state_dict.items() if name.endswith('.linear_weight')]
+    if gates and not any(gate.any() for gate in gates):
+        return
     for name, value in state_dict.items():
         if '.connections.' in name and '.norm.' in name and name.endswith('.weight'):
             nn.init.zeros_(value)
