@@ -43,7 +43,8 @@ def bundle(folder: Path, tag: str) -> Run:
         (new / manifest.name).write_text(json.dumps(entries, indent=2, sort_keys=True) + '\n')
 
     record = ZOO / tag
-    shutil.rmtree(record, ignore_errors=True)
+    if record.exists():
+        shutil.rmtree(record)
     record.mkdir(parents=True)
     # validation.csv is of the weights in full precision
     copy_record(run, folder, record, [name for name in (*TABLES, *PICTURES) if name != 'validation.csv'])

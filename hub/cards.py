@@ -53,7 +53,11 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path, dataset_id: Optional[str] = None, note: str = '') -> 'Run':
-        """Read the files of a run."""
+        """Read the files of a run.
+
+        Raises:
+            ValueError: If its accuracy was measured under another name.
+        """
         run = cls(dataset_id=dataset_id, note=note)
         if (folder / 'args.yaml').exists():
             run.args = _without_paths(yaml.safe_load((folder / 'args.yaml').read_text()))
@@ -61,7 +65,12 @@ class Run:
             if (folder / name).exists():
                 with (folder / name).open(newline='') as f:
                     rows += csv.DictReader(f)
-        run.validation = [row for row in run.validation if Path(row['model']).name == folder.resolve().name]
+        measured = run.validation
+        run.validation = [row for row in measured if Path(row.get('model') or '').name == folder.resolve().name]
+        if measured and not run.validation:
+            raise ValueError(
+                f'{folder}/validation.csv has no row for {folder.name}: measure {folder} again with python -m '
+                'train.validate --csv, or remove the file.')
         source, _, name = str(run.args.get('dataset') or '').partition('/')
         if source in ('hfds', 'hfids'):
             run.dataset_id = run.dataset_id or name

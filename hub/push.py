@@ -14,6 +14,7 @@ import torch.nn as nn
 import yaml
 from httpx2 import HTTPError
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf
 
 from timm_dresnet.folders import load_folder
@@ -43,7 +44,8 @@ class Upload:
     note: str = ''
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r'[\w.-]+/[\w.-]+', self.repo_id):
+        validate_repo_id(self.repo_id)  # raises a ValueError
+        if self.repo_id.count('/') != 1:
             raise ValueError(f'{self.repo_id!r} is not a repository: give it as USER/NAME.')
 
 

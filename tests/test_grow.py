@@ -149,6 +149,7 @@ def test_grown_by_name():
         torch.testing.assert_close(model(x), resnet(x), rtol=1e-5, atol=1e-5)
         assert model.pretrained_cfg['mean'] == resnet.pretrained_cfg['mean']
     for name in timm_dresnet.growing._NAMES:
+        assert timm.get_pretrained_cfg(name).tag.startswith('init_')
         assert timm.list_pretrained(f'{name}.init_*') and timm.create_model(name, device='meta').num_classes == 1000
 
 

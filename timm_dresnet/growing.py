@@ -126,7 +126,7 @@ def _build(kind: str, grown_from: str, **kwargs: Any) -> ResNet:
 
 
 def _create_grown(kind: str, variant: str, grown_from: str, pretrained: bool, pretrained_cfg: Any, **kwargs) -> ResNet:
-    if not pretrained_cfg:
+    if variant == kind and not pretrained_cfg:  # which has no weights of its own in the registry
         pretrained_cfg = get_pretrained_cfg(grown_from)
         if pretrained_cfg:
             pretrained_cfg = dataclasses.replace(pretrained_cfg, architecture=variant)

@@ -22,6 +22,7 @@ from .results import format_table, write_csv
 
 _logger = logging.getLogger('train')
 
+
 def load_model(name: str) -> Tuple[torch.nn.Module, Dict[str, Any]]:
     """Load a model and its preprocessing: a folder, a checkpoint of a run, `hf-hub:owner/name`, or one of timm's."""
     path = Path(name)
