@@ -233,7 +233,7 @@ def test_crop_mode_of_the_model(image_folder):
         assert torch.equal(loader.dataset.transform(image), expected(image)), mode
 
 
-@pytest.mark.parametrize('images,sizes', [(120, [30] * 4), (40, [20] * 2), (241, [32] * 7), (7, [6])], ids=str)
+@pytest.mark.parametrize('images,sizes', [(120, [30] * 4), (40, [20] * 2), (241, [32] * 7), (7, [6]), (1, [])], ids=str)
 def test_small_data_sets_are_not_cut(tmp_path, images, sizes):
     (tmp_path / 'train/a').mkdir(parents=True)
     for i in range(images):

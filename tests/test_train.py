@@ -232,6 +232,7 @@ def test_loss_that_is_not_finite(tmp_path):
     (['--pretrained', '--model', 'dresnet56_cifar'], ['--pretrained', 'dresnet56_cifar']),
     (['--config', '/no/such/recipe.yaml'], ['/no/such/recipe.yaml', 'No such file']),
     (['--dataset', ''], ['--config', '--data-dir', '--dataset']),
+    (['--batch-size', '2000', '--aug-repeats', '1'], ['1437 images', 'batch of 2000']),
     (['--epochs', '0'], ['--epochs', "'0'"]),
     (['--aa', 'rnad-m7'], ['--aa rnad-m7', 'Unknown']),
     (['--opt-kwargs', 'speed=1'], ['sgd', '--opt-kwargs', 'speed']),

@@ -249,7 +249,7 @@ def train_batch_size(args: argparse.Namespace, dataset: Dataset, process: Proces
     if 10 * left <= images:
         return args.batch_size
     size = images // (batches + 1)
-    return size - size % 2  # as Mixup needs
+    return max(2, size - size % 2)  # even, as Mixup needs
 
 
 def _create_batch_sampler(args: argparse.Namespace, dataset: Images, process: Process) -> Sampler:

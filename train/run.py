@@ -124,11 +124,11 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     train_set, eval_set = (open_dataset(args, training, data_config['input_size'][0]) for training in (True, False))
     _check_data(args, model.num_classes, train_set, eval_set)
     batch_size = train_batch_size(args, train_set, process)
-    if batch_size < 2:
-        raise ValueError(f'batches need two images or more for each process, there are {len(train_set)} to train on.')
     if batch_size < args.batch_size and process.primary:
         _logger.info(f'Batches have {batch_size} images and not {args.batch_size}, so that few are left over.')
     loader = create_train_loader(args, train_set, data_config, model.num_classes, process)
+    if not len(loader):
+        raise ValueError(f'there are {len(train_set)} images to train on, too few for a batch of {batch_size}.')
     task = create_task(args, model, process)
     task.progress.update(images=batch_size * process.world_size, classes=class_names(train_set))
     optimizer = create_optimizer(args, model, process.world_size)
