@@ -112,7 +112,7 @@ def test_every_resnet_of_timm(name):
 
 
 @pytest.mark.parametrize('kind,kwargs', [
-    ('dresnet', dict(gate='linear', gate_init=0.)), ('dresnet', dict(gate='gauss', connection_rank=4)),
+    ('dresnet', {}), ('dresnet', dict(gate='gauss', connection_rank=4)),
     ('adaresnet', dict(skip_weight='shared')),
 ], ids=str)
 def test_grown_is_a_model_of_timm(kind, kwargs, tmp_path):

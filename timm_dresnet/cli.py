@@ -354,7 +354,7 @@ def create_parser() -> argparse.ArgumentParser:
                   'resnet50d.ra4_e3600_r224_in1k output/grown', 'output/resnet output/grown --kind adaresnet', json='')
     add_output(command)
     command.add_argument('--kind', default='dresnet', choices=('dresnet', 'adaresnet'), help='(%(default)s)')
-    command.add_argument('--gate', choices=[*timm_dresnet.GATES], help='gate function of a DResNet (sigmoid)')
+    command.add_argument('--gate', choices=[*timm_dresnet.GATES], help='gate function of a DResNet (linear)')
 
     command = add('prune', prune_command, 'remove learned connections that do little',
                   'test_dresnet output/pruned --keep 0.5',

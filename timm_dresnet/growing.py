@@ -31,8 +31,10 @@ def grow(model: nn.Module, kind: str = 'dresnet', **kwargs: Any) -> ResNet:
         model: Any ResNet of timm (ResNeXt, wide, with attention, ...) or of this package, such as
             ``timm.create_model('resnet50d', pretrained=True)``.
         kind: 'dresnet' or 'adaresnet'.
-        **kwargs: Arguments of `DResNet` (``gate``, ``gate_init``, ``connection_rank``; if not given, the largest rank
-            that adds at most 13 % to parameters and multiply-adds) or of `AdaResNet` (``skip_weight``).
+        **kwargs: Arguments of `DResNet` (``gate``, ``gate_init``, ``connection_rank``) or of `AdaResNet`
+            (``skip_weight``). If not given, gates are linear and start at 0, from which connections have learned most,
+            and the rank is the largest that adds at most 13 % to parameters and multiply-adds. Behind gates that
+            start elsewhere, the connections' norm weights start at 0.
 
     Raises:
         ValueError: If the model is no ResNet that can grow, or an argument is not one of the choices.
@@ -66,13 +68,21 @@ def _device_and_dtype(model: nn.Module) -> Dict[str, Any]:
     return dict(device=parameter.device, dtype=parameter.dtype)
 
 
-def _grow_dresnet(model: nn.Module, connection_rank: Any = None, **kwargs: Any) -> DResNet:
+def _grow_dresnet(
+        model: nn.Module,
+        gate: str = 'linear',
+        gate_init: Any = None,
+        connection_rank: Any = None,
+        **kwargs: Any,
+) -> DResNet:
+    if gate == 'linear' and gate_init is None:
+        gate_init = 0.
     grown = _adopt(model, DResNet)
     norm_layer = GroupNorm1 if isinstance(grown.bn1, nn.GroupNorm) else nn.BatchNorm2d
     if connection_rank is None:
         connection_rank = _choose_rank(grown)
     grown.add_connections(
-        connection_rank=connection_rank, norm_layer=norm_layer, **kwargs, **_device_and_dtype(grown))
+        gate, gate_init, connection_rank, norm_layer=norm_layer, **kwargs, **_device_and_dtype(grown))
     return grown
 
 
