@@ -77,6 +77,22 @@ def test_comparisons(path, smoke):
         assert (recipe.get('dataset') == 'digits') == smoke
 
 
+@pytest.mark.parametrize('accuracy,factor', [
+    (29., '<= 1.00'), (30., '<= 1.00'), (35., '1.41'), (40., '2.00'), (45., '2.83'), (51., '> 4.00')])
+def test_break_even(accuracy, factor):
+    assert compare.break_even([(10, 30.), (40, 50.), (20, 40.)], accuracy) == factor
+
+
+def test_comparison_at_equal_cost():
+    """A baseline of several lengths, beside a network that takes longer for an image."""
+    names = {'Res': (2, 30., 200.), 'Res, longer': (4, 40., 200.), 'Dynamic': (2, 35., 100.)}
+    lines = [
+        dict(model=name, epochs=epochs, last_top1=top1, images_per_second=speed)
+        for name, (epochs, top1, speed) in names.items()]
+    compare.compare_cost(lines, ['Res', 'Res, longer'])
+    assert [(line['time'], line['break_even']) for line in lines] == [(1., None), (1., None), (2., '1.41')]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [path.stem for path in (ROOT / 'train' / 'comparisons').glob('*.yaml')])
 def test_smoke(name, tmp_path):

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import yaml
@@ -94,6 +94,35 @@ def summarize(name: str, folders: List[Path]) -> Dict[str, Any]:
     }
 
 
+def break_even(points: List[Tuple[int, float]], accuracy: float) -> str:
+    """Factor by which a training has to be lengthened until it reaches an accuracy.
+
+    Args:
+        points: Its numbers of epochs and the accuracies after them; the factor is relative to the first.
+        accuracy: Accuracy to reach, interpolated linearly over the logarithm of epochs.
+    """
+    first, points = points[0][0], sorted(points)
+    if accuracy <= points[0][1]:
+        return f'<= {points[0][0] / first:.2f}'
+    for (epochs, low), (more, high) in zip(points, points[1:]):
+        if accuracy <= high:
+            return f'{epochs / first * (more / epochs) ** ((accuracy - low) / (high - low)):.2f}'
+    return f'> {points[-1][0] / first:.2f}'
+
+
+def compare_cost(lines: List[Dict[str, Any]], baseline: List[str]) -> None:
+    """Add to the lines of a table what each model costs, and what it is worth, in trainings of the first model.
+
+    Args:
+        lines: Lines of models; ``time`` of an image in training, and the ``break_even`` are added.
+        baseline: Names of the first model and of those that differ from it in their number of epochs alone.
+    """
+    points = [(line['epochs'], line['last_top1']) for line in lines if line['model'] in baseline]
+    for line in lines:
+        line['time'] = lines[0]['images_per_second'] / line['images_per_second']
+        line['break_even'] = None if line['model'] in baseline else break_even(points, line['last_top1'])
+
+
 def write_table(lines: List[Dict[str, Any]], folder: Path) -> None:
     """Write `comparison.csv` and `comparison.md`."""
     def accuracy(line: Dict[str, Any], key: str) -> str:
@@ -101,7 +130,8 @@ def write_table(lines: List[Dict[str, Any]], folder: Path) -> None:
         return f'{line[key]:.2f}' + (f' ± {std:.2f}' if std is not None else '')
 
     write_csv(folder / 'comparison.csv', lines)
-    rows = [['model', 'parameters', 'multiply-adds', 'best top-1, %', 'last top-1, %', 'images/s', 'epochs', 'seeds']]
+    rows = [['model', 'parameters', 'multiply-adds', 'best top-1, %', 'last top-1, %', 'epochs', 'seeds',
+             'time', 'break-even']]
     for line in lines:
         rows.append([
             line['model'],
@@ -109,9 +139,10 @@ def write_table(lines: List[Dict[str, Any]], folder: Path) -> None:
             f'{line["multiply_adds"] / 1e6:,.1f} M',
             accuracy(line, 'best_top1'),
             accuracy(line, 'last_top1'),
-            f'{line["images_per_second"]:.0f}',
             str(line['epochs']),
             str(line['seeds']),
+            f'{line["time"]:.2f}',
+            line['break_even'] or '',
         ])
     write_text(folder / 'comparison.md', format_table(rows))
 
@@ -186,6 +217,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     given = vars(parser.parse_args(others, argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))))
     given = {key: value for key, value in given.items() if value is not None}
     folder = open_folder(Path(args.output), name, dict(models=models, seeds=seeds, **given))
+    first = next(iter(models.values()))
+    baseline = [name for name, recipe in models.items() if {**recipe, 'epochs': 0} == {**first, 'epochs': 0}]
     runs: Dict[str, List[Path]] = {}
     for seed in seeds:  # all models of one seed first: a comparison that is stopped has something to compare
         for model, recipe in models.items():
@@ -200,7 +233,9 @@ def main(argv: Optional[List[str]] = None) -> None:
                     sys.exit(f'python -m train.compare: error: {folder / experiment} is of another version of this '
                              'program: remove it, or name another --output.')
             runs.setdefault(model, []).append(folder / experiment)
-            write_table([summarize(model, folders) for model, folders in runs.items()], folder)
+            lines = [summarize(model, folders) for model, folders in runs.items()]
+            compare_cost(lines, baseline)
+            write_table(lines, folder)
             draw(runs, folder)
     print((folder / 'comparison.md').read_text() + f'It lies in {folder.resolve()}')
 
