@@ -46,6 +46,12 @@ def set_up_process(args: argparse.Namespace) -> Process:
     return Process(device, found['global_rank'], found['world_size'])
 
 
+def computes_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16, as far as PyTorch can tell."""
+    found = getattr(torch.cpu, 'get_capabilities', dict)()  # of newer PyTorch
+    return any(found.get(name) for name in ('amx_bf16', 'avx512_bf16'))
+
+
 def check_model_name(name: str) -> None:
     """Raise a ValueError if timm knows no model of this name."""
     if ':' not in name and not timm.is_model(name):

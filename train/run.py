@@ -17,7 +17,7 @@ from timm.utils import NativeScaler, distribute_bn, random_seed, unwrap_model
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from .build import Process, create_model, create_optimizer, create_task, set_up_process
+from .build import Process, computes_bfloat16, create_model, create_optimizer, create_task, set_up_process
 from .checkpoints import Checkpoints, find_folder, is_finished, lock_folder, newest, open_folder, restore
 from .datasets import BadImageError, check_classes, class_names, count_bad_images, open_dataset
 from .engine import Stopped, TrainState, count_updates, train_one_epoch, validate
@@ -134,6 +134,8 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     optimizer = create_optimizer(args, model, process.world_size)
     lr_scheduler, num_epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(args), updates_per_epoch=count_updates(len(loader), args))
+    if process.primary and process.device.type == 'cpu' and not args.amp and computes_bfloat16():
+        _logger.info('This CPU trains in bfloat16 about twice as fast: --amp --amp-dtype bfloat16.')
     scaled = args.amp and args.amp_dtype == 'float16' and process.device.type == 'cuda'
     return Run(
         args=args,
