@@ -103,7 +103,7 @@ def test_every_resnet_of_timm(name):
         grown = timm_dresnet.grow(resnet, kind).eval()
         torch.testing.assert_close(grown(x), resnet(x), rtol=1e-5, atol=1e-5)
         learned = timm_dresnet.connections(grown)
-        assert len(learned) > 2 and type(resnet) is timm.models.ResNet and resnet.state_dict().keys() == before.keys()
+        assert len(learned) > 1 and type(resnet) is timm.models.ResNet and resnet.state_dict().keys() == before.keys()
         sizes = [sum(p.numel() for p in model.parameters()) for model in (grown, resnet)]
         assert sizes[0] <= 1.15 * sizes[1]
         again = timm.create_model(kind, device='meta', **grown._model_args)
@@ -112,7 +112,7 @@ def test_every_resnet_of_timm(name):
 
 
 @pytest.mark.parametrize('kind,kwargs', [
-    ('dresnet', {}), ('dresnet', dict(gate='gauss', connection_rank=4)),
+    ('dresnet', {}), ('dresnet', dict(gate='gauss', connection_rank=4, connected_stages=4)),
     ('adaresnet', dict(skip_weight='shared')),
 ], ids=str)
 def test_grown_is_a_model_of_timm(kind, kwargs, tmp_path):

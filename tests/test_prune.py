@@ -30,6 +30,17 @@ def cut(model, gate, share=0.6):
     return pairs
 
 
+@pytest.mark.parametrize('name,stages,first', [('dresnet18', 1, 8), ('dresnet18', 2, 6), ('test_dresnet', 9, 3)])
+@torch.no_grad()
+def test_connections_into_the_last_stages(name, stages, first):
+    """Are those of the whole network, without those into the first ones."""
+    pruned, model = create(name).eval(), create(name, connected_stages=stages).eval()
+    pruned.prune_connections([(i, k) for i, k in pruned.connection_pairs() if i < first])
+    assert min(model.connection_pairs()) == (first, 1) and model.pruned_connections == []
+    model.load_state_dict(pruned.state_dict())
+    torch.testing.assert_close(model(images()), pruned(images()), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize('name,kwargs', [
     ('dresnet18', dict(gate='sigmoid')), ('dresnet18', dict(gate='gauss', connection_rank=5)),

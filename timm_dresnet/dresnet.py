@@ -5,6 +5,7 @@ Papers:
   https://github.com/Mao-chuan/An_improve_on_ResNet--Introduces_dynamic_connections
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
 """
+import itertools
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
@@ -103,6 +104,7 @@ class DResNet(ResNet):
             gate: str = 'sigmoid',
             gate_init: Optional[float] = None,
             connection_rank: Optional[int] = None,
+            connected_stages: Optional[int] = None,
             pruned_connections: Sequence[Tuple[int, int]] = (),
             norm_layer: LayerType = nn.BatchNorm2d,
             inference_mode: bool = False,
@@ -120,6 +122,7 @@ class DResNet(ResNet):
             connection_rank: Number of channels in which the connections into a block are summed, before one 1x1
                 convolution expands the sum to the block's input. None sums them at full width, and so does 0, for
                 models whose default is a number: ``timm.create_model`` drops arguments that are None.
+            connected_stages: Number of stages, counted from the last, into which connections lead; None for all.
             pruned_connections: Connections that are left out, as (target, source) block numbers: the attribute of this
                 name of a network that has been pruned.
             norm_layer: Normalization layer.
@@ -131,14 +134,15 @@ class DResNet(ResNet):
         """
         super().__init__(block, layers, norm_layer=norm_layer, device=device, dtype=dtype, **kwargs)
         self.add_connections(
-            gate, gate_init, connection_rank, pruned_connections, get_norm_layer(norm_layer), inference_mode,
-            device=device, dtype=dtype)
+            gate, gate_init, connection_rank, connected_stages, pruned_connections, get_norm_layer(norm_layer),
+            inference_mode, device=device, dtype=dtype)
 
     def add_connections(
             self,
             gate: str = 'sigmoid',
             gate_init: Optional[float] = None,
             connection_rank: Optional[int] = None,
+            connected_stages: Optional[int] = None,
             pruned_connections: Sequence[Tuple[int, int]] = (),
             norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
             inference_mode: bool = False,
@@ -147,24 +151,30 @@ class DResNet(ResNet):
         """Add the connections to a ResNet whose class is DResNet already; see `__init__` for the arguments."""
         if connection_rank is not None and (type(connection_rank) is not int or connection_rank < 0):
             raise ValueError(f'connection_rank must be None or a whole number from 0 on, got {connection_rank!r}.')
-        source_chs: List[int] = []
+        if connected_stages is not None and (type(connected_stages) is not int or connected_stages < 1):
+            raise ValueError(f'connected_stages must be None or a whole number from 1 on, got {connected_stages!r}.')
         feature_info: Any = self.feature_info[1:]
         depths = [len(getattr(self, name)) for name in self.stage_names]
+        ends = [*itertools.accumulate(depths)]
+        targets = {
+            name: range(max(end - depth + 2, 3), min(end + 1, ends[-1]) + 1)
+            for name, depth, end in zip(self.stage_names, depths, ends)}
+        connected = [name for name in targets if targets[name]][-(connected_stages or len(targets)):]
+        source_chs: List[int] = []
         self.pruned_connections: List[Tuple[int, int]] = []
         for name, depth, info in zip(self.stage_names, depths, feature_info):
-            first, last = len(source_chs) + 1, len(source_chs) + depth
+            first = len(source_chs) + 1
             source_chs += depth * [info['num_chs']]
-            targets = range(max(first + 1, 3), min(last + 1, sum(depths)) + 1)
             connections = Connections(
                 source_chs,
-                {i: range(1, i - 1) for i in targets},
+                {i: range(1, i - 1) for i in targets[name]},
                 info['num_chs'],
                 gate=gate,
                 gate_init=gate_init,
                 rank=connection_rank,
                 norm_layer=norm_layer,
                 **dd,
-            ) if targets else None
+            ) if name in connected else None
             setattr(self, name, DResNetStage(getattr(self, name), first, connections))
         self.prune_connections(pruned_connections)
         if inference_mode:

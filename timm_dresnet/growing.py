@@ -31,10 +31,11 @@ def grow(model: nn.Module, kind: str = 'dresnet', **kwargs: Any) -> ResNet:
         model: Any ResNet of timm (ResNeXt, wide, with attention, ...) or of this package, such as
             ``timm.create_model('resnet50d', pretrained=True)``.
         kind: 'dresnet' or 'adaresnet'.
-        **kwargs: Arguments of `DResNet` (``gate``, ``gate_init``, ``connection_rank``) or of `AdaResNet`
-            (``skip_weight``). If not given, gates are linear and start at 0, from which connections have learned most,
-            and the rank is the largest that adds at most 13 % to parameters and multiply-adds. Behind gates that
-            start elsewhere, the connections' norm weights start at 0.
+        **kwargs: Arguments of `DResNet` (``gate``, ``gate_init``, ``connection_rank``, ``connected_stages``) or of
+            `AdaResNet` (``skip_weight``). If not given, gates are linear and start at 0, from which connections have
+            learned most; they lead into the last stage alone, which is most of their gain and least of their cost; and
+            the rank is the largest that adds at most 13 % to parameters and multiply-adds. Behind gates that start
+            elsewhere, the connections' norm weights start at 0.
 
     Raises:
         ValueError: If the model is no ResNet that can grow, or an argument is not one of the choices.
@@ -73,6 +74,7 @@ def _grow_dresnet(
         gate: str = 'linear',
         gate_init: Any = None,
         connection_rank: Any = None,
+        connected_stages: int = 1,
         **kwargs: Any,
 ) -> DResNet:
     if gate == 'linear' and gate_init is None:
@@ -80,9 +82,9 @@ def _grow_dresnet(
     grown = _adopt(model, DResNet)
     norm_layer = GroupNorm1 if isinstance(grown.bn1, nn.GroupNorm) else nn.BatchNorm2d
     if connection_rank is None:
-        connection_rank = _choose_rank(grown)
+        connection_rank = _choose_rank(grown, connected_stages)
     grown.add_connections(
-        gate, gate_init, connection_rank, norm_layer=norm_layer, **kwargs, **_device_and_dtype(grown))
+        gate, gate_init, connection_rank, connected_stages, norm_layer=norm_layer, **kwargs, **_device_and_dtype(grown))
     return grown
 
 
@@ -100,11 +102,11 @@ def _grow_adaresnet(model: nn.Module, **kwargs: Any) -> AdaResNet:
 
 
 _GROW = dict(dresnet=_grow_dresnet, adaresnet=_grow_adaresnet)
-_ARGUMENTS = dict(dresnet=('gate', 'gate_init', 'connection_rank'), adaresnet=('skip_weight',))
+_ARGUMENTS = dict(dresnet=('gate', 'gate_init', 'connection_rank', 'connected_stages'), adaresnet=('skip_weight',))
 _FILTERS = dict(dresnet=_dresnet_filter_fn, adaresnet=_adaresnet_filter_fn)
 
 
-def _choose_rank(model: DResNet) -> int:
+def _choose_rank(model: DResNet, connected_stages: int) -> int:
     """Rank of the connections: 0 for full width where that is cheap, or else the largest that is."""
     feature_info: Sequence[Dict[str, Any]] = model.feature_info[1:]
     stages = [getattr(model, name) for name in model.stage_names]
@@ -124,7 +126,8 @@ def _choose_rank(model: DResNet) -> int:
                 if 2 <= len(source_chs) < blocks:  # the next block takes from all before this one
                     weights += (rank or chs) * sum(source_chs[:-1]) + rank * chs
             added.append(weights)
-        return max(sum(added) / parameters, sum(area * n for area, n in zip(positions, added)) / multiply_adds)
+        connected = [stage for stage in zip(positions, added) if stage[1]][-connected_stages:]
+        return max(sum(n for _, n in connected) / parameters, sum(area * n for area, n in connected) / multiply_adds)
 
     return next((rank for rank in (0, 64, 56, 48, 40, 32, 24, 16, 8) if cost(rank) <= _MAX_COST), 4)
 

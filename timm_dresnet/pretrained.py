@@ -22,7 +22,7 @@ _ARGUMENTS = (
     (r'\.skip_weight\.', 'skip_weight'),
     (r'\.log_sharpness$|\.linear_weight$', 'gate'),
     (r'\.expansions\.', 'connection_rank'),
-    (r'\.gates\.', 'pruned_connections'),
+    (r'\.gates\.', 'pruned_connections or connected_stages'),
     (r'', 'connection_rank or norm_layer'),
 )
 
