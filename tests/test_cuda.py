@@ -31,16 +31,24 @@ only_cuda = pytest.mark.skipif(DEVICE != 'cuda', reason='no other device has thi
 
 MODELS = {
     'test_dresnet': ('test_dresnet', dict(gate='gauss')),
-    'dresnet20_cifar': ('dresnet20_cifar', dict(connection_rank=5)),
-    'adaresnet18': ('adaresnet18', dict(skip_weight='shared')),
+    'test_adaresnet': ('test_adaresnet', dict(skip_weight='shared')),
     'dresnet18': ('dresnet18', {}),
     'dresnet50': ('dresnet50', dict(gate='gauss')),
     'plainnet18': ('plainnet18', {}),
     'grown': ('dresnet', dict(grown_from='resnet18d')),
 }
 # relative errors of outputs and gradients; these are large where activations cross 0, most of all without shortcuts
-LIMITS = dict(
-    float64=(1e-9, 1e-8), float32=(1e-4, 0.1), tf32=(2e-2, 0.4), float16=(2e-2, 0.4), bfloat16=(6e-2, 0.8))
+LIMITS = dict(float32=(1e-4, 0.1), tf32=(2e-2, 0.4), float16=(2e-2, 0.4), bfloat16=(6e-2, 0.8))
+
+
+@pytest.fixture(autouse=True)
+def settings_of_torch():
+    """What training sets for the process is as it was."""
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(False)
 
 
 def place(model, x, device, precision, **layout):
@@ -63,15 +71,14 @@ def output_and_gradients(model, x, device, precision, **layout):
 
 
 @pytest.mark.parametrize('device,name,precision', [
-    *(('cpu', name, precision) for name in list(MODELS)[:3] for precision in ('float16', 'bfloat16')),
+    *(('cpu', name, precision) for name in list(MODELS)[:2] for precision in ('float16', 'bfloat16')),
     *(pytest.param(DEVICE, name, precision, marks=cuda) for name in MODELS for precision in LIMITS),
 ])
-def test_values_and_gradients(device, name, precision, monkeypatch):
+def test_values_and_gradients(device, name, precision):
     """Near to those of a CPU in float64, in training no further than with every module called; and fused."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', precision == 'tf32')
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', precision == 'tf32')
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == 'tf32'
     arch, kwargs = MODELS[name]
-    model, x = create(arch, (17, 23) if name.endswith('cifar') else (65, 97), **kwargs)
+    model, x = create(arch, **kwargs)
     x = torch.cat([x, x.flip(3)])
 
     def check(training, memory_format=torch.channels_last):

@@ -1,6 +1,7 @@
 """What a run is made of: device, model, task, optimizer and schedule, from its arguments."""
 import argparse
 import difflib
+import os
 from dataclasses import dataclass
 from typing import Any, Dict, Optional
 
@@ -42,6 +43,8 @@ def set_up_process(args: argparse.Namespace) -> Process:
     if device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # without which older PyTorch raises errors on GPUs
     torch.use_deterministic_algorithms(args.deterministic)
     return Process(device, found['global_rank'], found['world_size'])
 
