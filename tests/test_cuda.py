@@ -27,6 +27,7 @@ from train.benchmark import TrainingStep
 from train.checkpoints import newest
 
 cuda = pytest.mark.cuda
+GRAPHS = 'reduce-overhead' if DEVICE == 'cuda' else None  # mode of torch.compile
 only_cuda = pytest.mark.skipif(DEVICE != 'cuda', reason='no other device has this')
 
 MODELS = {
@@ -104,10 +105,9 @@ def test_values_and_gradients(device, name, precision):
 
 
 @cuda
-@pytest.mark.parametrize('name', ['test_dresnet', 'test_adaresnet'])
-def test_compiled_for_batches_of_any_size(name):
+def test_compiled_for_batches_of_any_size():
     """In training, without graph breaks: for the second size once more, and no more after that."""
-    model, x = create(name, (32, 32), torch.float32)
+    model, x = create('test_dresnet', (32, 32), torch.float32)
     model, x = model.train().to(DEVICE), torch.cat([x] * 6).to(DEVICE)
     torch._dynamo.reset()
     counters.clear()
@@ -124,12 +124,11 @@ def test_compiled_for_batches_of_any_size(name):
 
 
 @cuda
-@pytest.mark.parametrize('mode', [None, pytest.param('reduce-overhead', marks=only_cuda)])
 @pytest.mark.parametrize('name', ['test_dresnet', 'test_adaresnet'])
-def test_compiled_training(name, mode):
-    """In bfloat16, as far from float32 as in eager mode; CUDA graphs, if asked for, hold all of it."""
+def test_compiled_training(name):
+    """In bfloat16, as far from float32 as in eager mode, and whole in CUDA graphs."""
     counters.clear()
-    check_compiled_under_autocast(name, DEVICE, mode)
+    check_compiled_under_autocast(name, DEVICE, GRAPHS)
     assert not counters['inductor']['cudagraph_skips']
 
 
@@ -140,7 +139,7 @@ def test_compiled_inference(fuse):
     model, x = fuse(model).to(DEVICE), x.to(DEVICE)
     torch._dynamo.reset()
     counters.clear()
-    compiled = torch.compile(model, fullgraph=True, mode='reduce-overhead' if DEVICE == 'cuda' else None)
+    compiled = torch.compile(model, fullgraph=True, mode=GRAPHS)
     for _ in range(3):  # the second call records a graph, the third replays it
         x = x + 0.1
         assert_same(compiled, model, x, 1e-3)
@@ -153,10 +152,10 @@ def test_gradient_checkpointing_saves_memory(name):
     def peak(grad_checkpointing):
         model = timm.create_model(name).to(DEVICE, memory_format=torch.channels_last)
         model.set_grad_checkpointing(grad_checkpointing)
-        x = torch.randn(16, 3, 128, 128, device=DEVICE).to(memory_format=torch.channels_last)
+        x = torch.randn(64, 3, 128, 128, device=DEVICE).to(memory_format=torch.channels_last)
         return TrainingStep(model, x, partial(torch.autocast, DEVICE, torch.bfloat16)).peak_memory()
 
-    assert peak(True) < 0.8 * peak(False)
+    assert peak(True) < 0.85 * peak(False)
 
 
 @cuda
