@@ -39,7 +39,7 @@ MODELS = {
     'grown': ('dresnet', dict(grown_from='resnet18d')),
 }
 # relative errors of outputs and gradients; these are large where activations cross 0, most of all without shortcuts
-LIMITS = dict(float32=(1e-4, 0.1), tf32=(2e-2, 0.4), float16=(2e-2, 0.4), bfloat16=(6e-2, 0.8))
+LIMITS = dict(float32=(5e-4, 0.1), tf32=(2e-2, 0.4), float16=(2e-2, 0.4), bfloat16=(6e-2, 0.8))
 
 
 @pytest.fixture(autouse=True)
@@ -94,10 +94,9 @@ def test_values_and_gradients(device, name, precision):
             assert error < min(limit, 3 * called_error + 0.05 * limit)
 
     check(training=True)
-    if device == 'cpu':
-        return  # tests/test_models.py and tests/test_fuse.py have the rest
-    check(training=True, memory_format=torch.contiguous_format)
     check(training=False)
+    if device == 'cuda':
+        check(training=True, memory_format=torch.contiguous_format)
     if name != 'plainnet18':  # which does not fuse
         fused, images, autocast = place(reparameterize_model(model), x, device, precision)
         with autocast:
@@ -159,16 +158,16 @@ def test_gradient_checkpointing_saves_memory(name):
 
 
 @cuda
-@pytest.mark.parametrize('args', [
-    ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--model-ema', '--grad-checkpointing'],
-    pytest.param(['--amp', '--amp-dtype', 'bfloat16', '--torchcompile', '--torchcompile-mode', 'reduce-overhead',
-                  '--grad-accum-steps', 2], marks=only_cuda),
-], ids=lambda args: args[-2])
-def test_training(args, tmp_path):
+@pytest.mark.parametrize('accum_steps,args', [
+    (2, ['--grad-checkpointing', '--model-ema']),
+    pytest.param(1, ['--torchcompile', '--torchcompile-mode', 'reduce-overhead'], marks=only_cuda),
+], ids=['eager', 'compiled'])
+def test_training(accum_steps, args, tmp_path):
     """To nearly the losses that a CPU has in float32."""
-    found = train(tmp_path, '--model', 'test_dresnet', '--device', DEVICE, '--workers', 2, *args)
-    accum_steps = args[-2:] if '--grad-accum-steps' in args else []
-    expected = train(tmp_path / 'cpu', '--model', 'test_dresnet', '--device', 'cpu', *accum_steps)
+    common = ['--model', 'test_dresnet', '--grad-accum-steps', accum_steps]
+    expected = train(tmp_path / 'cpu', *common, '--device', 'cpu')
+    found = train(
+        tmp_path, *common, '--device', DEVICE, '--workers', 2, '--amp', '--amp-dtype', 'bfloat16', *args)
     for row, reference in zip(rows(found / 'summary.csv'), rows(expected / 'summary.csv')):
         assert float(row['train_loss']) == pytest.approx(float(reference['train_loss']), rel=0.05)
 

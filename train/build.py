@@ -128,6 +128,10 @@ def create_task(args: argparse.Namespace, model: torch.nn.Module, process: Proce
             raise ValueError(f'--sync-bn needs CUDA devices, not {process.device.type}: leave it out.')
         if process.distributed:
             model = convert_sync_batchnorm(model)
+    graphs = args.torchcompile and args.torchcompile_mode in ('max-autotune', 'reduce-overhead')
+    if graphs and args.grad_accum_steps > 1 and process.device.type == 'cuda':
+        raise ValueError(f'--grad-accum-steps does not work with --torchcompile-mode {args.torchcompile_mode}, whose '
+                         'CUDA graphs overwrite gradients (pytorch#169545): leave out either.')
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     if args.grad_checkpointing:
