@@ -30,14 +30,9 @@ cuda = pytest.mark.cuda
 GRAPHS = 'reduce-overhead' if DEVICE == 'cuda' else None  # mode of torch.compile
 only_cuda = pytest.mark.skipif(DEVICE != 'cuda', reason='no other device has this')
 
-MODELS = {
-    'test_dresnet': ('test_dresnet', dict(gate='gauss')),
-    'test_adaresnet': ('test_adaresnet', dict(skip_weight='shared')),
-    'dresnet18': ('dresnet18', {}),
-    'dresnet50': ('dresnet50', dict(gate='gauss')),
-    'plainnet18': ('plainnet18', {}),
-    'grown': ('dresnet', dict(grown_from='resnet18d')),
-}
+MODELS = dict(
+    test_dresnet=dict(gate='gauss'), test_adaresnet=dict(skip_weight='shared'), dresnet18={},
+    dresnet50=dict(gate='gauss'), plainnet18={}, dresnet=dict(grown_from='resnet18d'))
 # relative errors of outputs and gradients; these are large where activations cross 0, most of all without shortcuts
 LIMITS = dict(float32=(5e-4, 0.1), tf32=(2e-2, 0.4), float16=(2e-2, 0.4), bfloat16=(6e-2, 0.8))
 
@@ -78,8 +73,7 @@ def output_and_gradients(model, x, device, precision, **layout):
 def test_values_and_gradients(device, name, precision):
     """Near to those of a CPU in float64, in training no further than with every module called; and fused."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == 'tf32'
-    arch, kwargs = MODELS[name]
-    model, x = create(arch, **kwargs)
+    model, x = create(name, (33, 49), **MODELS[name])
     x = torch.cat([x, x.flip(3)])
 
     def check(training, memory_format=torch.channels_last):
