@@ -235,17 +235,21 @@ def test_large_means():
     for name in ('resnet18', 'dresnet18', 'dresnet50', 'dresnet56_cifar', 'adaresnet18'))])
 def test_compiled_under_autocast(name):
     """Three steps of training in bfloat16 are as far from those in float32 as eager ones are."""
+    check_compiled_under_autocast(name)
+
+
+def check_compiled_under_autocast(name, device='cpu', mode=None):
     torch.manual_seed(0)
-    start = timm.create_model(name, num_classes=5).to(memory_format=torch.channels_last)
-    x, target = images(batch=16).to(memory_format=torch.channels_last), torch.arange(16) % 5
+    start = timm.create_model(name, num_classes=5).to(device, memory_format=torch.channels_last)
+    x, target = images(batch=16).to(device, memory_format=torch.channels_last), torch.arange(16, device=device) % 5
 
     def train(amp, compiled):
         model = copy.deepcopy(start)
-        forward = torch.compile(model, fullgraph=True) if compiled else model
+        forward = torch.compile(model, fullgraph=True, mode=mode) if compiled else model
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
         gradients, losses = [], []
         for _ in range(3):
-            with torch.autocast('cpu', dtype=torch.bfloat16, enabled=amp):
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=amp):
                 loss = F.cross_entropy(forward(x).float(), target)
             optimizer.zero_grad()
             loss.backward()

@@ -52,7 +52,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                        help='processes that load images')
     group.add_argument('--worker-timeout', type=int, default=600, metavar='N',
                        help='seconds to wait for a batch from them before the run ends, 0 for ever')
-    group.add_argument('--pin-mem', action=_Switch, help='pin memory, for a faster copy to the GPU')
+    group.add_argument('--pin-mem', action=_Switch, default=None,
+                       help='pin memory, so that copies to a GPU go on beside its work (if there is one, if not set)')
     group.add_argument('--class-map', default='', metavar='FILE', help='file that maps classes to indices')
     group.add_argument('--input-img-mode', metavar='MODE', help='mode of images in PIL (L for one channel, else RGB)')
     group.add_argument('--input-key', metavar='KEY', help='where a sample of hfds/, hfids/ or wds/ has its image')

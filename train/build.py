@@ -1,6 +1,7 @@
 """What a run is made of: device, model, task, optimizer and schedule, from its arguments."""
 import argparse
 import difflib
+import os
 from dataclasses import dataclass
 from typing import Any, Dict, Optional
 
@@ -42,6 +43,8 @@ def set_up_process(args: argparse.Namespace) -> Process:
     if device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # without which older PyTorch raises errors on GPUs
     torch.use_deterministic_algorithms(args.deterministic)
     return Process(device, found['global_rank'], found['world_size'])
 
@@ -125,6 +128,10 @@ def create_task(args: argparse.Namespace, model: torch.nn.Module, process: Proce
             raise ValueError(f'--sync-bn needs CUDA devices, not {process.device.type}: leave it out.')
         if process.distributed:
             model = convert_sync_batchnorm(model)
+    graphs = args.torchcompile and args.torchcompile_mode in ('max-autotune', 'reduce-overhead')
+    if graphs and args.grad_accum_steps > 1 and process.device.type == 'cuda':
+        raise ValueError(f'--grad-accum-steps does not work with --torchcompile-mode {args.torchcompile_mode}, whose '
+                         'CUDA graphs overwrite gradients (pytorch#169545): leave out either.')
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     if args.grad_checkpointing:

@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -87,14 +87,15 @@ def train_one_epoch(state: TrainState) -> Dict[str, Optional[float]]:
         ones, for the larger part), and ``images_per_second`` (None if nothing was left of it).
 
     Raises:
-        FloatingPointError: If the loss is no longer finite.
+        FloatingPointError: If the loss is no longer finite, before anything is saved.
         Stopped: If a signal has asked for it, after `state.save`.
     """
     args, process, task, optimizer = state.args, state.process, state.task, state.optimizer
     progress, accum_steps, num_batches = task.progress, args.grad_accum_steps, len(state.loader)
     epoch, start = progress['epoch'], progress['batch']
     remainder = num_batches % accum_steps
-    num_updates = epoch * count_updates(num_batches, args) + start // accum_steps
+    first_update = epoch * count_updates(num_batches, args)
+    num_updates = first_update + start // accum_steps
     state.loader.loader.set_epoch(epoch, start)
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
         state.loader.mixup_enabled = False
@@ -103,8 +104,11 @@ def train_one_epoch(state: TrainState) -> Dict[str, Optional[float]]:
     second_order = getattr(optimizer, 'is_second_order', False)
 
     plain = process.primary and not sys.stderr.isatty()
-    sums = torch.zeros(4, device=process.device)  # of an update: losses, correct predictions, images, requests to stop
+    sums = torch.zeros(3, device=process.device)  # of an update: losses, correct predictions, images
+    unread: List[torch.Tensor] = []  # the sums of about a second, for a GPU is idle while the host reads
+    read_every = updates_per_second = 1.
     first_images, begin = progress['totals'][2], time.perf_counter()
+    last_read = begin
     bar = tqdm(
         state.loader, f'epoch {epoch + 1}', num_batches, initial=start, unit='batch', leave=False,
         disable=None if process.primary else True)
@@ -140,30 +144,42 @@ def train_one_epoch(state: TrainState) -> Dict[str, Optional[float]]:
         optimizer.zero_grad()
         num_updates += 1
         task.update_ema(step=num_updates)
-        sums[3] = state.stop.signal is not None
-        if process.distributed:
-            dist.all_reduce(sums)  # so that all processes stop at the same update
-        *update_totals, asked_to_stop = sums.tolist()
-        sums.zero_()
-        mean_loss = update_totals[0] / update_totals[2]
-        if not math.isfinite(mean_loss):
-            raise FloatingPointError(
-                f'The loss is {mean_loss} at update {num_updates} (epoch {epoch + 1}, batch {batch + 1}). '
-                'A lower --lr, a longer warm-up or --clip-grad may help.')
-        totals = progress['totals'] = [sum(pair) for pair in zip(progress['totals'], update_totals)]
-        progress['batch'] = batch + 1
-        state.lr_scheduler.step_update(num_updates=num_updates, metric=totals[0] / totals[2])
+        state.lr_scheduler.step_update(num_updates=num_updates)
+        unread.append(sums)
+        sums = torch.zeros_like(sums)
+        stopping = state.stop.signal is not None
+        log, recover = (bool(n) and num_updates % n == 0 for n in (args.log_interval, args.recovery_interval))
+        if not (log or recover or batch + 1 == num_batches or len(unread) >= read_every
+                or stopping and not process.distributed):
+            continue
 
-        elapsed = time.perf_counter() - begin
+        # the first process's speed counts, so that all read after the same updates and stop at the same one
+        *updates, (asked_to_stop, read_every, _) = _read(
+            unread, (stopping, process.primary * updates_per_second, 0.), process)
+        totals = progress['totals']
+        for number, update_sums in enumerate(updates, num_updates - len(updates) + 1):
+            mean_loss = update_sums[0] / update_sums[2]
+            if not math.isfinite(mean_loss):
+                raise FloatingPointError(
+                    f'The loss is {mean_loss} at update {number} (epoch {epoch + 1}, batch '
+                    f'{min((number - first_update) * accum_steps, num_batches)}). '
+                    'A lower --lr, a longer warm-up or --clip-grad may help.')
+            totals = [total + added for total, added in zip(totals, update_sums)]
+        progress.update(batch=batch + 1, totals=totals)
+        last_read, seconds = time.perf_counter(), time.perf_counter() - last_read
+        updates_per_second = len(updates) / seconds
+        unread.clear()
+
+        elapsed = last_read - begin
         speed = (totals[2] - first_images) / elapsed
         lr = optimizer.param_groups[0]['lr']
         bar.set_postfix_str(f'loss {totals[0] / totals[2]:.3f}, lr {lr:.2g}, {speed:.0f} images/s', refresh=False)
-        if plain and num_updates % args.log_interval == 0:
+        if plain and log:
             left = elapsed / (batch + 1 - start) * (num_batches - batch - 1)
             _logger.info(
                 f'epoch {epoch + 1}  [{batch + 1}/{num_batches}]  loss {mean_loss:.4f}  lr {lr:.3g}  '
                 f'{speed:.0f} images/s  {left:.0f} s left in the epoch')
-        if asked_to_stop or args.recovery_interval and num_updates % args.recovery_interval == 0:
+        if asked_to_stop or recover:
             state.save()
         if asked_to_stop:
             raise Stopped(state.stop.signal or int(signal.SIGTERM))  # the signal may have come to another process
@@ -176,6 +192,14 @@ def train_one_epoch(state: TrainState) -> Dict[str, Optional[float]]:
         top1=100 * correct / count,
         images_per_second=(count - first_images) / (time.perf_counter() - begin) if count > first_images else None,
     )
+
+
+def _read(sums: List[torch.Tensor], status: Sequence[float], process: Process) -> List[List[float]]:
+    """The sums of updates and a last row, ``status``, each over all processes."""
+    rows = torch.stack([*sums, torch.tensor(status).to(process.device, non_blocking=True)])
+    if process.distributed:
+        dist.all_reduce(rows)
+    return rows.tolist()
 
 
 def _set_training_mode(model: nn.Module) -> None:
@@ -209,9 +233,10 @@ def validate(
             images = images.contiguous(memory_format=torch.channels_last)
         with autocast(args, process.device):
             output = model(images)
-        counted = targets != UNREADABLE
         if left is not None:
-            counted[left:] = False
-            left = max(left - len(targets), 0)
-        evaluator.update(output[counted], targets[counted])
+            output, targets, left = output[:left], targets[:left], max(left - len(targets), 0)
+        if args.bad_images == 'skip':  # how many are left is known only when the GPU has got here
+            readable = targets != UNREADABLE
+            output, targets = output[readable], targets[readable]
+        evaluator.update(output, targets)
     return dict(evaluator.compute(distributed=process.distributed))

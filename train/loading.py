@@ -126,6 +126,10 @@ def _guard_workers(loader: DataLoader, args: argparse.Namespace) -> None:
         atexit.register(_kill_workers)
 
 
+def _pins_memory(args: argparse.Namespace, process: Process) -> bool:
+    return process.device.type == 'cuda' if args.pin_mem is None else args.pin_mem
+
+
 def create_eval_loader(
         args: argparse.Namespace,
         dataset: Dataset,
@@ -143,7 +147,7 @@ def create_eval_loader(
         mean=data_config['mean'],
         std=data_config['std'],
         num_workers=args.workers,
-        pin_memory=args.pin_mem,
+        pin_memory=_pins_memory(args, process),
         distributed=process.distributed,
         device=process.device,
     )
@@ -163,7 +167,7 @@ def create_train_loader(
     It is put together from timm's parts, since `create_loader` takes no order of batches.
     """
     collate_fn = _create_collate(args, num_classes)
-    loader_kwargs = dict(collate_fn=collate_fn, num_workers=args.workers, pin_memory=args.pin_mem)
+    loader_kwargs = dict(collate_fn=collate_fn, num_workers=args.workers, pin_memory=_pins_memory(args, process))
     if isinstance(dataset, Images):
         images = dataset
         if args.train_img_sizes:
