@@ -10,12 +10,14 @@ from safetensors.torch import load_file
 
 from conftest import ROOT, rows
 
-# random numbers everywhere: in loading processes, in erasing, in the model; and a moving average with warm-up
+# random numbers everywhere: in loading processes, in erasing, in the model; a moving average with warm-up; connections
+# that are pruned before the second epoch
 RECIPE = [
     '--config', 'train/recipes/digits.yaml', '--model', 'test_dresnet', '--epochs', '3', '--warmup-epochs', '1',
     '--opt', 'adamw', '--lr', '0.003', '--mixup', '0.2', '--cutmix', '1', '--reprob', '0.3', '--aa', 'rand-m5-n1',
     '--drop-path', '0.2', '--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9', '--model-ema-warmup',
     '--grad-accum-steps', '2', '--recovery-interval', '2', '--deterministic',
+    '--prune-connections', '0.5', '0.34',
 ]
 
 

@@ -248,6 +248,8 @@ def test_loss_that_is_not_finite(tmp_path):
     (['--device', 'abacus'], ['--device abacus']),
     (['--pretrained-path', __file__], ['test_train.py', 'weights_only']),
     (['--model-kwargs', 'inference_mode=True'], ['dresnet20_cifar', 'fused']),
+    (['--prune-connections', '0.5', '2'], ['--prune-connections', 'between 0 and 1']),
+    (['--prune-connections', '0.5', '0.5', '--model', 'resnet20_cifar'], ['resnet20_cifar', 'no connections']),
 ])
 def test_errors_are_one_sentence(args, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:

@@ -108,6 +108,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--drop', type=float, default=0., metavar='X', help='dropout before the classifier')
     group.add_argument('--drop-path', type=float, metavar='X', help='stochastic depth')
     group.add_argument('--bn-momentum', type=float, metavar='X', help='momentum of batch norm')
+    group.add_argument('--prune-connections', type=float, nargs=2, metavar=('KEEP', 'AT'),
+                       help='share of the connections to keep, those with the largest effect on a batch, from this '
+                            'share of the epochs on: 0.5 0.6')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
                        help='other arguments of the model, such as gate=gauss')
 

@@ -3,12 +3,14 @@ import argparse
 import difflib
 import os
 from dataclasses import dataclass
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import timm
 import torch
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask
 from timm.utils import is_distributed_env
 from timm.utils.distributed import init_distributed_device_so
@@ -104,12 +106,13 @@ class Task(ClassificationTask):
 
     Attributes:
         progress: ``epoch`` and ``batch`` that come next, ``images`` in a batch of all processes, ``totals`` of the
-            epoch so far (sum of losses, correct predictions, images), and names of the ``classes``.
+            epoch so far (sum of losses, correct predictions, images), names of the ``classes``, and the connections
+            that were ``pruned``, (target, source).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.progress = dict(epoch=0, batch=0, images=0, totals=[0., 0., 0.], classes=None)
+        self.progress = dict(epoch=0, batch=0, images=0, totals=[0., 0., 0.], classes=None, pruned=None)
 
     def get_task_state(self, ema: bool = False, **_: Any) -> Dict[str, Any]:
         return {} if ema else self.progress
@@ -159,3 +162,12 @@ def create_optimizer(args: argparse.Namespace, model: torch.nn.Module, world_siz
         return create_optimizer_v2(model, **kwargs, **args.opt_kwargs)
     except TypeError as e:
         raise ValueError(f'{args.opt} does not take all of --opt-kwargs {args.opt_kwargs}: {e}') from e
+
+
+def create_schedule(
+        args: argparse.Namespace,
+        optimizer: torch.optim.Optimizer,
+        updates_per_epoch: int,
+) -> Tuple[Scheduler, int]:
+    """The schedule of the learning rate, and the number of epochs with warm-up and cool-down."""
+    return create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)

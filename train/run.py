@@ -1,10 +1,11 @@
 """A run: find its folder and, unless it is finished, build what training needs, resume, train and write the results."""
 import argparse
+import copy
 import logging
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import timm
 import torch
@@ -12,17 +13,27 @@ import torch.distributed as dist
 from timm.data import resolve_input_data_config
 from timm.data.loader import PrefetchLoader
 from timm.models import safe_model_name
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import NativeScaler, distribute_bn, random_seed, unwrap_model
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from .build import Process, computes_bfloat16, create_model, create_optimizer, create_task, set_up_process
+import timm_dresnet
+
+from .build import (
+    Process,
+    computes_bfloat16,
+    create_model,
+    create_optimizer,
+    create_schedule,
+    create_task,
+    set_up_process,
+)
 from .checkpoints import Checkpoints, find_folder, is_finished, lock_folder, newest, open_folder, restore
 from .datasets import BadImageError, check_classes, class_names, count_bad_images, open_dataset
 from .engine import Stopped, TrainState, count_updates, train_one_epoch, validate
 from .loading import create_eval_loader, create_train_loader, train_batch_size
-from .results import Log, save_results
+from .results import Log, has_connections, save_results
 from .validate import measure
 
 _logger = logging.getLogger('train')
@@ -45,6 +56,16 @@ class Run(TrainState):
     def model(self) -> torch.nn.Module:
         """The model that comes out: the one that is trained, or its moving average."""
         return unwrap_model(self.task.get_trainable_module(ema=self.args.model_ema))
+
+    @property
+    def prune_epoch(self) -> Optional[int]:
+        """The epoch before which connections are pruned."""
+        return round(self.args.prune_connections[1] * self.num_epochs) if self.args.prune_connections else None
+
+    def wrap(self) -> None:
+        """Let the processes average their gradients."""
+        on_cpu = self.process.device.type == 'cpu'
+        self.task.prepare_distributed(device_ids=None if on_cpu else [self.process.device])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -123,6 +144,7 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     data_config = resolve_input_data_config(model, vars(args))
     train_set, eval_set = (open_dataset(args, training, data_config['input_size'][0]) for training in (True, False))
     _check_data(args, model.num_classes, train_set, eval_set)
+    _check_pruning(args, model)
     batch_size = train_batch_size(args, train_set, process)
     if batch_size < args.batch_size and process.primary:
         _logger.info(f'Batches have {batch_size} images and not {args.batch_size}, so that few are left over.')
@@ -132,8 +154,7 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     task = create_task(args, model, process)
     task.progress.update(images=batch_size * process.world_size, classes=class_names(train_set))
     optimizer = create_optimizer(args, model, process.world_size)
-    lr_scheduler, num_epochs = create_scheduler_v2(
-        optimizer, **scheduler_kwargs(args), updates_per_epoch=count_updates(len(loader), args))
+    lr_scheduler, num_epochs = create_schedule(args, optimizer, count_updates(len(loader), args))
     if process.primary and process.device.type == 'cpu' and not args.amp and computes_bfloat16():
         _logger.info('This CPU trains in bfloat16 about twice as fast: --amp --amp-dtype bfloat16.')
     scaled = args.amp and args.amp_dtype == 'float16' and process.device.type == 'cuda'
@@ -169,6 +190,14 @@ def _check_data(args: argparse.Namespace, num_classes: int, train_set: Dataset, 
             f'{", ".join(odd[:5])}{", ..." if len(odd) > 5 else ""}.')
 
 
+def _check_pruning(args: argparse.Namespace, model: torch.nn.Module) -> None:
+    if args.prune_connections and not has_connections(model):
+        raise ValueError(f'--prune-connections needs a DResNet, {args.model} has no connections.')
+    if not all(0 <= share <= 1 for share in args.prune_connections or ()):
+        raise ValueError('--prune-connections needs two numbers between 0 and 1, the share of the connections to keep '
+                         'and the share of the epochs after which the others go.')
+
+
 def train(run: Run, folder: Path) -> None:
     """Train to the end, from the newest checkpoint on if there is one, and write the results."""
     args, process, progress = run.args, run.process, run.task.progress
@@ -176,12 +205,16 @@ def train(run: Run, folder: Path) -> None:
     if checkpoint is not None:
         resume(run, checkpoint)
     if process.distributed:
-        run.task.prepare_distributed(device_ids=None if process.device.type == 'cpu' else [process.device])
+        run.wrap()
     with run.stop:  # before the log says that training begins
         if process.primary:
             saver, log = _open_log(run, folder, checkpoint)
             run.save = lambda: saver.save_recovery(progress['epoch'], progress['batch'])
         for epoch in range(progress['epoch'], run.num_epochs):
+            if epoch == run.prune_epoch and progress['pruned'] is None:
+                prune(run, choose_pruned(run))
+                if process.primary:
+                    saver.optimizer = run.optimizer
             train_metrics, eval_metrics = _train_and_validate(run)
             bad = count_bad_images([run.train_set, run.eval_set], process) if args.bad_images == 'skip' else 0
             rates = [group['lr'] for group in run.optimizer.param_groups]
@@ -196,10 +229,52 @@ def train(run: Run, folder: Path) -> None:
         dist.barrier()
 
 
+def choose_pruned(run: Run) -> List[Tuple[int, int]]:
+    """The connections that do least to the first images of the epoch, (target, source)."""
+    run.loader.loader.set_epoch(run.task.progress['epoch'], 0)
+    images, _ = next(iter(run.loader))
+
+    def choose() -> List[Tuple[int, int]]:
+        model = copy.deepcopy(unwrap_model(run.task.get_trainable_module()))
+        removed = timm_dresnet.prune_connections(model, keep=run.args.prune_connections[0], images=images)
+        _logger.info(f'{len(removed)} connections are pruned, {len(model.connection_pairs())} are left.')
+        return [(record['target'], record['source']) for record in removed]
+
+    return _from_primary(run.process, choose)
+
+
+def prune(run: Run, pairs: List[Tuple[int, int]]) -> None:
+    """Remove connections, (target, source); the optimizer keeps its state of all parameters that stay as they are."""
+    task = run.task
+    model, ema = task.get_trainable_module(), task.get_trainable_module(ema=True)
+    wrapped, model = isinstance(model, DistributedDataParallel), unwrap_model(model)
+    for network in (model, unwrap_model(ema)) if ema else (model,):
+        network.prune_connections(pairs)
+    if wrapped:
+        task.trainable_module = task.trainable_module.module
+        run.wrap()
+    task.progress['pruned'] = pairs
+    state = run.optimizer.state
+    run.optimizer = create_optimizer(run.args, model, run.process.world_size)
+    run.optimizer.state.update({p: state[p] for p in model.parameters() if p in state})
+    run.lr_scheduler, _ = create_schedule(run.args, run.optimizer, count_updates(len(run.loader), run.args))
+    set_schedule(run)
+
+
+def set_schedule(run: Run) -> None:
+    """Set the learning rate to that of the next update."""
+    progress, args = run.task.progress, run.args
+    updates = progress['epoch'] * count_updates(len(run.loader), args) + progress['batch'] // args.grad_accum_steps
+    run.lr_scheduler.step(progress['epoch'])
+    run.lr_scheduler.step_update(updates)
+
+
 def resume(run: Run, checkpoint: Path) -> None:
     """Set everything to where a checkpoint was written."""
     progress, accum_steps = run.task.progress, run.args.grad_accum_steps
     images, classes = progress['images'], progress['classes']
+    if pruned := load_checkpoint_metadata(checkpoint)['task_state'].get('pruned'):
+        prune(run, pruned)
     restore(checkpoint, run.task, run.optimizer, run.loss_scaler)
     if progress['classes'] != classes:
         odd = sorted({*progress['classes']} ^ {*classes}) or ['the same in another order']
@@ -209,9 +284,7 @@ def resume(run: Run, checkpoint: Path) -> None:
     batch = progress['batch'] * progress['images'] // images
     progress['batch'] = batch if batch >= len(run.loader) else batch - batch % accum_steps
     progress['images'] = images
-    updates = progress['epoch'] * count_updates(len(run.loader), run.args) + progress['batch'] // accum_steps
-    run.lr_scheduler.step(progress['epoch'])
-    run.lr_scheduler.step_update(updates)
+    set_schedule(run)
 
 
 def _open_log(run: Run, folder: Path, checkpoint: Optional[Path]) -> Tuple[Checkpoints, Log]:
