@@ -112,7 +112,7 @@ def test_every_resnet_of_timm(name):
 
 
 @pytest.mark.parametrize('kind,kwargs', [
-    ('dresnet', {}), ('dresnet', dict(gate='gauss', connection_rank=4, connected_stages=4)),
+    ('dresnet', dict(connected_stages=None)), ('dresnet', dict(gate='gauss', connection_rank=4, connected_stages=4)),
     ('adaresnet', dict(skip_weight='shared')),
 ], ids=str)
 def test_grown_is_a_model_of_timm(kind, kwargs, tmp_path):

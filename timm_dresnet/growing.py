@@ -44,6 +44,7 @@ def grow(model: nn.Module, kind: str = 'dresnet', **kwargs: Any) -> ResNet:
         raise ValueError(f"kind must be one of {', '.join(map(repr, _GROW))}, got {kind!r}.")
     if unknown := sorted(kwargs.keys() - set(_ARGUMENTS[kind])):
         raise ValueError(f"a {kind} grows with the arguments {', '.join(_ARGUMENTS[kind])}, not {unknown[0]!r}.")
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}  # as timm.create_model has it
     grown = _GROW[kind](copy.deepcopy(model), **kwargs)
     start_from_resnet(grown.state_dict())
     if cfg := getattr(model, 'pretrained_cfg', None):  # else timm did not create it, and cannot create it again
