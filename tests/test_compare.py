@@ -77,20 +77,23 @@ def test_comparisons(path, smoke):
         assert (recipe.get('dataset') == 'digits') == smoke
 
 
-@pytest.mark.parametrize('accuracy,factor', [
-    (29., '<= 1.00'), (30., '<= 1.00'), (35., '1.41'), (40., '2.00'), (45., '2.83'), (51., '> 4.00')])
-def test_break_even(accuracy, factor):
-    assert compare.break_even([(10, 30.), (40, 50.), (20, 40.)], accuracy) == factor
+@pytest.mark.parametrize('epochs,accuracy,factor', [
+    (10, 29., '<= 1.00'), (10, 35., '1.41'), (10, 40., '2.00'), (10, 45., '2.83'), (10, 51., '> 4.00'), (20, 45., '1.41')])
+def test_break_even(epochs, accuracy, factor):
+    assert compare.break_even([(10, 30.), (40, 50.), (20, 40.)], epochs, accuracy) == factor
 
 
-def test_comparison_at_equal_cost():
+def test_comparison_at_equal_cost(tmp_path):
     """A baseline of several lengths, beside a network that takes longer for an image."""
     names = {'Res': (2, 30., 200.), 'Res, longer': (4, 40., 200.), 'Dynamic': (2, 35., 100.)}
     lines = [
-        dict(model=name, epochs=epochs, last_top1=top1, images_per_second=speed)
+        dict(model=name, epochs=epochs, last_top1=top1, last_top1_std=None, images_per_second=speed)
         for name, (epochs, top1, speed) in names.items()]
     compare.compare_cost(lines, ['Res', 'Res, longer'])
     assert [(line['time'], line['break_even']) for line in lines] == [(1., None), (1., None), (2., '1.41')]
+    for families, drawn in (([['Res'], ['Dynamic']], False), ([['Res', 'Res, longer'], ['Dynamic']], True)):
+        compare.draw_cost(lines, families, tmp_path)
+        assert (tmp_path / 'cost.png').exists() == drawn
 
 
 @pytest.mark.slow

@@ -94,20 +94,21 @@ def summarize(name: str, folders: List[Path]) -> Dict[str, Any]:
     }
 
 
-def break_even(points: List[Tuple[int, float]], accuracy: float) -> str:
-    """Factor by which a training has to be lengthened until it reaches an accuracy.
+def break_even(points: List[Tuple[int, float]], epochs: int, accuracy: float) -> str:
+    """Factor by which a training of so many epochs has to be lengthened until it reaches an accuracy.
 
     Args:
-        points: Its numbers of epochs and the accuracies after them; the factor is relative to the first.
+        points: Numbers of epochs that were tried, and the accuracies after them.
+        epochs: Number of epochs that the factor is relative to.
         accuracy: Accuracy to reach, interpolated linearly over the logarithm of epochs.
     """
-    first, points = points[0][0], sorted(points)
+    points = sorted(points)
     if accuracy <= points[0][1]:
-        return f'<= {points[0][0] / first:.2f}'
-    for (epochs, low), (more, high) in zip(points, points[1:]):
+        return f'<= {points[0][0] / epochs:.2f}'
+    for (fewer, low), (more, high) in zip(points, points[1:]):
         if accuracy <= high:
-            return f'{epochs / first * (more / epochs) ** ((accuracy - low) / (high - low)):.2f}'
-    return f'> {points[-1][0] / first:.2f}'
+            return f'{fewer / epochs * (more / fewer) ** ((accuracy - low) / (high - low)):.2f}'
+    return f'> {points[-1][0] / epochs:.2f}'
 
 
 def compare_cost(lines: List[Dict[str, Any]], baseline: List[str]) -> None:
@@ -120,7 +121,10 @@ def compare_cost(lines: List[Dict[str, Any]], baseline: List[str]) -> None:
     points = [(line['epochs'], line['last_top1']) for line in lines if line['model'] in baseline]
     for line in lines:
         line['time'] = lines[0]['images_per_second'] / line['images_per_second']
-        line['break_even'] = None if line['model'] in baseline else break_even(points, line['last_top1'])
+        if line['model'] in baseline:
+            line['break_even'] = None
+        else:
+            line['break_even'] = break_even(points, line['epochs'], line['last_top1'])
 
 
 def write_table(lines: List[Dict[str, Any]], folder: Path) -> None:
@@ -190,6 +194,34 @@ def draw(runs: Dict[str, List[Path]], folder: Path) -> None:
             figure.savefig(new / picture, dpi=150)
 
 
+def draw_cost(lines: List[Dict[str, Any]], families: List[List[str]], folder: Path) -> None:
+    """Draw `cost.png`, accuracy over the time of training, if a family was trained for several numbers of epochs.
+
+    Args:
+        lines: Lines of the table.
+        families: Names of models that differ in their number of epochs alone.
+        folder: Where to write.
+    """
+    if all(sum(line['model'] in family for line in lines) < 2 for family in families):
+        return
+    figure = Figure(figsize=(6, 4.5), layout='constrained')
+    axes = figure.subplots()
+    for family in families:
+        points = sorted((line for line in lines if line['model'] in family), key=lambda line: line['epochs'])
+        if points:
+            axes.errorbar(
+                [line['epochs'] * line['time'] for line in points], [line['last_top1'] for line in points],
+                [line['last_top1_std'] or 0. for line in points], fmt='.-', capsize=3, label=family[0])
+    axes.set(xscale='log', xlabel=f'time of training, in epochs of {lines[0]["model"]}', ylabel='top-1 accuracy, %')
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.xaxis.set_minor_formatter('{x:g}')
+    axes.tick_params(axis='x', which='both', length=4)
+    axes.grid(alpha=0.3, which='both')
+    axes.legend()
+    with atomic_folder(folder) as new:
+        figure.savefig(new / 'cost.png', dpi=150)
+
+
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m train.compare',
@@ -217,8 +249,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     given = vars(parser.parse_args(others, argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))))
     given = {key: value for key, value in given.items() if value is not None}
     folder = open_folder(Path(args.output), name, dict(models=models, seeds=seeds, **given))
-    first = next(iter(models.values()))
-    baseline = [name for name, recipe in models.items() if {**recipe, 'epochs': 0} == {**first, 'epochs': 0}]
+    families = [
+        [name for name, other in models.items() if {**other, 'epochs': 0} == {**recipe, 'epochs': 0}]
+        for recipe in models.values()]
+    families = [family for i, family in enumerate(families) if family not in families[:i]]
     runs: Dict[str, List[Path]] = {}
     for seed in seeds:  # all models of one seed first: a comparison that is stopped has something to compare
         for model, recipe in models.items():
@@ -234,9 +268,10 @@ def main(argv: Optional[List[str]] = None) -> None:
                              'program: remove it, or name another --output.')
             runs.setdefault(model, []).append(folder / experiment)
             lines = [summarize(model, folders) for model, folders in runs.items()]
-            compare_cost(lines, baseline)
+            compare_cost(lines, families[0])
             write_table(lines, folder)
             draw(runs, folder)
+            draw_cost(lines, families, folder)
     print((folder / 'comparison.md').read_text() + f'It lies in {folder.resolve()}')
 
 
