@@ -78,7 +78,9 @@ def test_comparisons(path, smoke):
 
 
 @pytest.mark.parametrize('epochs,accuracy,factor', [
-    (10, 29., '<= 1.00'), (10, 35., '1.41'), (10, 40., '2.00'), (10, 45., '2.83'), (10, 51., '> 4.00'), (20, 45., '1.41')])
+    (10, 29., '<= 1.00'), (10, 35., '1.41'), (10, 40., '2.00'), (10, 45., '2.83'), (10, 51., '> 4.00'),
+    (20, 45., '1.41'),
+])
 def test_break_even(epochs, accuracy, factor):
     assert compare.break_even([(10, 30.), (40, 50.), (20, 40.)], epochs, accuracy) == factor
 
