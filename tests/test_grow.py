@@ -161,6 +161,7 @@ def test_grown_by_name():
     (lambda: timm.create_model('test_resnet'), 'plainnet', {}, "'dresnet', 'adaresnet', got 'plainnet'"),
     (lambda: timm.create_model('test_resnet'), 'adaresnet', dict(gate='gauss'), "skip_weight.*not 'gate'"),
     (lambda: timm.create_model('test_resnet'), 'dresnet', dict(gate='soft'), "sigmoid.*'soft'"),
+    (lambda: timm.create_model('test_resnet'), 'dresnet', dict(connected_stages='2'), "connected_stages.*'2'"),
 ])
 def test_what_cannot_grow(make, kind, kwargs, words):
     with pytest.raises(ValueError, match=words):

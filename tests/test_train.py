@@ -70,6 +70,7 @@ def train(output, *args):
     ['--model', 'test_dresnet', '--model-kwargs', 'gate=gauss', '--in-chans', 3, '--mean', 0.5, 0.5, 0.5, '--std', 0.5,
      0.5, 0.5, '--drop-path', 0.1, '--sched', 'multistep', '--decay-milestones', 1, '--aa', '3a', '--opt', 'muon',
      '--lr', 0.01, '--grad-accum-steps', 3, '--val-interval', 2, '--aug-repeats', 2.5, '--log-tensorboard'],
+    ['--model', 'test_dresnet', '--opt', 'sgd', '--lr', 0.1, '--prune-connections', 0.4, 0.5],
     ['--model', 'test_dresnet', '--aa', 'original', '--opt', 'adahessian', '--lr', 0.05, '--sched', 'wsd',
      '--decay-epochs', 1, '--cutmix', 1, '--eval-metric', 'loss', '--checkpoint-hist', 2, '--gp',
      'avgmax'],
@@ -249,7 +250,7 @@ def test_loss_that_is_not_finite(tmp_path):
     (['--pretrained-path', __file__], ['test_train.py', 'weights_only']),
     (['--model-kwargs', 'inference_mode=True'], ['dresnet20_cifar', 'fused']),
     (['--prune-connections', '0.5', '2'], ['--prune-connections', 'between 0 and 1']),
-    (['--prune-connections', '0.5', '0.5', '--model', 'resnet20_cifar'], ['resnet20_cifar', 'no connections']),
+    (['--prune-connections', '0.5', '0.5', '--model', 'test_adaresnet'], ['test_adaresnet', 'no connections']),
 ])
 def test_errors_are_one_sentence(args, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:

@@ -31,6 +31,12 @@ _WHOLE = (
     'forward_features or forward_intermediates.')
 
 
+def require_whole_number(name: str, value: Any, least: int) -> None:
+    """Raise a ValueError if an argument is neither None nor a whole number, such as a number of channels."""
+    if value is not None and (type(value) is not int or value < least):
+        raise ValueError(f'{name} must be None or a whole number from {least} on, got {value!r}.')
+
+
 class DResNetStage(nn.Sequential):
     """The blocks of one resolution, and the connections to its shape, which indexing and iteration pass over."""
     fused = False
@@ -149,10 +155,8 @@ class DResNet(ResNet):
             **dd,
     ) -> None:
         """Add the connections to a ResNet whose class is DResNet already; see `__init__` for the arguments."""
-        if connection_rank is not None and (type(connection_rank) is not int or connection_rank < 0):
-            raise ValueError(f'connection_rank must be None or a whole number from 0 on, got {connection_rank!r}.')
-        if connected_stages is not None and (type(connected_stages) is not int or connected_stages < 1):
-            raise ValueError(f'connected_stages must be None or a whole number from 1 on, got {connected_stages!r}.')
+        require_whole_number('connection_rank', connection_rank, 0)
+        require_whole_number('connected_stages', connected_stages, 1)
         feature_info: Any = self.feature_info[1:]
         depths = [len(getattr(self, name)) for name in self.stage_names]
         ends = [*itertools.accumulate(depths)]

@@ -10,7 +10,7 @@ from timm.models import create_model, generate_default_cfgs, get_pretrained_cfg,
 
 from .adaresnet import AdaBasicBlock, AdaBottleneck, AdaResNet
 from .adaresnet import checkpoint_filter_fn as _adaresnet_filter_fn
-from .dresnet import DResNet, start_from_resnet
+from .dresnet import DResNet, require_whole_number, start_from_resnet
 from .dresnet import checkpoint_filter_fn as _dresnet_filter_fn
 from .pretrained import build_model_with_cfg, grown_cfgs
 from .resnet import ResNet, _cfg
@@ -78,6 +78,7 @@ def _grow_dresnet(
         connected_stages: int = 1,
         **kwargs: Any,
 ) -> DResNet:
+    require_whole_number('connected_stages', connected_stages, 1)
     if gate == 'linear' and gate_init is None:
         gate_init = 0.
     grown = _adopt(model, DResNet)

@@ -53,7 +53,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--worker-timeout', type=int, default=600, metavar='N',
                        help='seconds to wait for a batch from them before the run ends, 0 for ever')
     group.add_argument('--pin-mem', action=_Switch, default=None,
-                       help='pin memory, so that copies to a GPU go on beside its work (if there is one, if not set)')
+                       help='pin memory, so that copies to a GPU go on beside its work (on a GPU, if not set)')
     group.add_argument('--class-map', default='', metavar='FILE', help='file that maps classes to indices')
     group.add_argument('--input-img-mode', metavar='MODE', help='mode of images in PIL (L for one channel, else RGB)')
     group.add_argument('--input-key', metavar='KEY', help='where a sample of hfds/, hfids/ or wds/ has its image')
@@ -109,8 +109,8 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--drop-path', type=float, metavar='X', help='stochastic depth')
     group.add_argument('--bn-momentum', type=float, metavar='X', help='momentum of batch norm')
     group.add_argument('--prune-connections', type=float, nargs=2, metavar=('KEEP', 'AT'),
-                       help='share of the connections to keep, those with the largest effect on a batch, from this '
-                            'share of the epochs on: 0.5 0.6')
+                       help='share of the connections to keep, those with the largest effect on a batch, after this '
+                            'share of the epochs: 0.5 0.6')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
                        help='other arguments of the model, such as gate=gauss')
 

@@ -121,7 +121,7 @@ def compare_cost(lines: List[Dict[str, Any]], baseline: List[str]) -> None:
     points = [(line['epochs'], line['last_top1']) for line in lines if line['model'] in baseline]
     for line in lines:
         line['time'] = lines[0]['images_per_second'] / line['images_per_second']
-        if line['model'] in baseline:
+        if line['model'] in baseline or len(dict(points)) < 2:
             line['break_even'] = None
         else:
             line['break_even'] = break_even(points, line['epochs'], line['last_top1'])
@@ -202,7 +202,7 @@ def draw_cost(lines: List[Dict[str, Any]], families: List[List[str]], folder: Pa
         families: Names of models that differ in their number of epochs alone.
         folder: Where to write.
     """
-    if all(sum(line['model'] in family for line in lines) < 2 for family in families):
+    if all(len({line['epochs'] for line in lines if line['model'] in family}) < 2 for family in families):
         return
     figure = Figure(figsize=(6, 4.5), layout='constrained')
     axes = figure.subplots()

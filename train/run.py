@@ -33,7 +33,7 @@ from .checkpoints import Checkpoints, find_folder, is_finished, lock_folder, new
 from .datasets import BadImageError, check_classes, class_names, count_bad_images, open_dataset
 from .engine import Stopped, TrainState, count_updates, train_one_epoch, validate
 from .loading import create_eval_loader, create_train_loader, train_batch_size
-from .results import Log, has_connections, save_results
+from .results import Log, save_results
 from .validate import measure
 
 _logger = logging.getLogger('train')
@@ -60,7 +60,7 @@ class Run(TrainState):
     @property
     def prune_epoch(self) -> Optional[int]:
         """The epoch before which connections are pruned."""
-        return round(self.args.prune_connections[1] * self.num_epochs) if self.args.prune_connections else None
+        return int(self.args.prune_connections[1] * self.num_epochs) if self.args.prune_connections else None
 
     def wrap(self) -> None:
         """Let the processes average their gradients."""
@@ -191,9 +191,12 @@ def _check_data(args: argparse.Namespace, num_classes: int, train_set: Dataset, 
 
 
 def _check_pruning(args: argparse.Namespace, model: torch.nn.Module) -> None:
-    if args.prune_connections and not has_connections(model):
+    if not args.prune_connections:
+        return
+    keep, at = args.prune_connections
+    if not getattr(model, 'connections', None):
         raise ValueError(f'--prune-connections needs a DResNet, {args.model} has no connections.')
-    if not all(0 <= share <= 1 for share in args.prune_connections or ()):
+    if not (0 <= keep <= 1 and 0 < at < 1):
         raise ValueError('--prune-connections needs two numbers between 0 and 1, the share of the connections to keep '
                          'and the share of the epochs after which the others go.')
 
@@ -214,7 +217,7 @@ def train(run: Run, folder: Path) -> None:
             if epoch == run.prune_epoch and progress['pruned'] is None:
                 prune(run, choose_pruned(run))
                 if process.primary:
-                    saver.optimizer = run.optimizer
+                    saver.model, saver.optimizer = run.task.get_trainable_module(), run.optimizer
             train_metrics, eval_metrics = _train_and_validate(run)
             bad = count_bad_images([run.train_set, run.eval_set], process) if args.bad_images == 'skip' else 0
             rates = [group['lr'] for group in run.optimizer.param_groups]
@@ -254,9 +257,12 @@ def prune(run: Run, pairs: List[Tuple[int, int]]) -> None:
         task.trainable_module = task.trainable_module.module
         run.wrap()
     task.progress['pruned'] = pairs
-    state = run.optimizer.state
+    before = run.optimizer
     run.optimizer = create_optimizer(run.args, model, run.process.world_size)
-    run.optimizer.state.update({p: state[p] for p in model.parameters() if p in state})
+    old, new = (getattr(optimizer, '_base_optimizer', optimizer) for optimizer in (before, run.optimizer))  # Lookahead
+    new.state.update({p: old.state[p] for p in model.parameters() if p in old.state})
+    for group, old_group in zip(new.param_groups, old.param_groups):  # numbers of steps, of some optimizers
+        group.update({key: value for key, value in old_group.items() if key not in group})
     run.lr_scheduler, _ = create_schedule(run.args, run.optimizer, count_updates(len(run.loader), run.args))
     set_schedule(run)
 
