@@ -141,7 +141,7 @@ def test_other_classes_than_before(tmp_path, capsys, caplog):
 
 
 @pytest.mark.parametrize('args,words', [
-    ([], 'This CPU trains in bfloat16'), (['--amp', '--amp-dtype', 'bfloat16'], 'Training test_adaresnet')])
+    ([], 'This CPU trains faster in bfloat16'), (['--amp', '--amp-dtype', 'bfloat16'], 'Training test_adaresnet')])
 def test_bfloat16_is_named_on_cpus_that_have_it(args, words, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr('train.run.computes_bfloat16', lambda: True)
     with caplog.at_level(logging.INFO, 'train'):

@@ -32,10 +32,9 @@ def grow(model: nn.Module, kind: str = 'dresnet', **kwargs: Any) -> ResNet:
             ``timm.create_model('resnet50d', pretrained=True)``.
         kind: 'dresnet' or 'adaresnet'.
         **kwargs: Arguments of `DResNet` (``gate``, ``gate_init``, ``connection_rank``, ``connected_stages``) or of
-            `AdaResNet` (``skip_weight``). If not given, gates are linear and start at 0, from which connections have
-            learned most; they lead into the last stage alone, which is most of their gain and least of their cost; and
-            the rank is the largest that adds at most 13 % to parameters and multiply-adds. Behind gates that start
-            elsewhere, the connections' norm weights start at 0.
+            `AdaResNet` (``skip_weight``). If not given, gates are linear and start at 0, connections lead into the last
+            stage alone, where they cost least, and the rank is the largest that adds at most 13 % to parameters and
+            multiply-adds. Behind gates that start elsewhere, the connections' norm weights start at 0.
 
     Raises:
         ValueError: If the model is no ResNet that can grow, or an argument is not one of the choices.

@@ -163,7 +163,7 @@ def create_optimizer(args: argparse.Namespace, model: torch.nn.Module, world_siz
     try:
         optimizer_class = get_optimizer_class(args.opt.lower().removeprefix('lookahead_'), bind_defaults=False)
         if optimizer_class in (torch.optim.Adam, torch.optim.AdamW) and not args.opt_kwargs.keys() & _NOT_FUSED:
-            kwargs['fused'] = True  # takes a tenth of the time on a CPU; SGD so would need all of its state or none
+            kwargs['fused'] = True  # faster; a fused SGD would need the momentum of all parameters, also of new ones
         return create_optimizer_v2(model, **{**kwargs, **args.opt_kwargs})
     except TypeError as e:
         raise ValueError(f'{args.opt} does not take all of --opt-kwargs {args.opt_kwargs}: {e}') from e

@@ -156,7 +156,7 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     optimizer = create_optimizer(args, model, process.world_size)
     lr_scheduler, num_epochs = create_schedule(args, optimizer, count_updates(len(loader), args))
     if process.primary and process.device.type == 'cpu' and not args.amp and computes_bfloat16():
-        _logger.info('This CPU trains in bfloat16 about twice as fast: --amp --amp-dtype bfloat16.')
+        _logger.info('This CPU trains faster in bfloat16: --amp --amp-dtype bfloat16.')
     scaled = args.amp and args.amp_dtype == 'float16' and process.device.type == 'cuda'
     return Run(
         args=args,
