@@ -198,8 +198,7 @@ def test_peft(name):
     """Adapters on every convolution train, and merging them changes nothing."""
     peft = pytest.importorskip('peft')
     torch.manual_seed(0)
-    kwargs = dict(skip_init=1.) if name.startswith('ada') else {}  # from 0, what lies in a shortcut learns later
-    model = timm.create_model(name, num_classes=5, zero_init_last=False, **kwargs)
+    model = timm.create_model(name, num_classes=5, zero_init_last=False)
     targets = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)]
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     F.cross_entropy(model.train()(images(4)), torch.arange(4)).backward()

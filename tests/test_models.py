@@ -219,7 +219,7 @@ def test_arguments_of_resnet(kwargs):
     ('dresnet18', dict(layers=(2, 2)), ['layers', 'channels']),
     ('adaresnet18', dict(skip_weight='x'), ['skip_weight', 'per_block', 'per_kind', 'shared', 'x']),
     ('adaresnet18', dict(skip_init='x'), ['skip_init', 'x']),
-    ('adaresnet18', dict(zero_init_last=True), ['zero_init_last', 'skip_init']),
+    ('adaresnet18', dict(skip_init=0., zero_init_last=True), ['zero_init_last', 'skip_init']),
     ('plainnet18', dict(zero_init_last=True), ['zero_init_last']),
     ('plainnet18', dict(drop_path_rate=0.1), ['drop_path_rate']),
 ])
@@ -297,11 +297,13 @@ def test_other_feature_extractors():
 
 def test_weights_made_again():
     """An AdaResNet that starts without shortcuts must not start without branches too."""
-    model = create('adaresnet18')
+    model = create('adaresnet18', skip_init=0.)
     before = {name: (p == 0).all() for name, p in model.named_parameters() if '.bn' in name}
     nn.init.normal_(model.layer1[0].bn2.weight)
     model.init_weights()
     assert {name: (p == 0).all() for name, p in model.named_parameters() if '.bn' in name} == before
+    model(images()).square().mean().backward()
+    assert model.conv1.weight.grad.isfinite().all() and model.conv1.weight.grad.any()
 
 
 def test_connections_at_full_width():

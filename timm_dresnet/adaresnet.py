@@ -94,7 +94,7 @@ class AdaResNet(ResNet):
             self,
             block: Union[Type[nn.Module], Tuple[Type[nn.Module], ...]],
             layers: Tuple[int, ...],
-            skip_init: float = 0.,
+            skip_init: float = 1.,
             skip_weight: str = 'per_block',
             zero_init_last: Optional[bool] = None,
             inference_mode: bool = False,
@@ -106,7 +106,8 @@ class AdaResNet(ResNet):
         Args:
             block: Block class of all stages, or one for each.
             layers: Number of blocks in each stage.
-            skip_init: Value that the skip weights start from: 0 in the paper, 1 is a ResNet.
+            skip_init: Value that the skip weights start from: 1 is a ResNet. 0, the paper's, is a network without
+                shortcuts, and deep ones do not train from it.
             skip_weight: How many there are: 'per_block', 'per_kind' (one for all identity shortcuts and one for all
                 projections) or 'shared' (one for the network).
             zero_init_last: Start the last norm weight of every branch at 0. None does so unless skip_init is 0, when
