@@ -223,6 +223,7 @@ def test_models_to_folders(run, photos, tmp_path):
     torch.testing.assert_close(torch.from_numpy(output), loaded('models/pruned')(x), rtol=1e-3, atol=1e-3)
     assert run('export', 'models/pruned', 'models/int8', '--format', 'onnx', '--int8', '--images', photos)[0] == 0
     files = [tmp_path / 'models' / folder / 'model.onnx' for folder in ('int8', 'onnx')]
+    assert not [file for file in files if str(ROOT).encode() in file.read_bytes()]
     assert files[0].stat().st_size < files[1].stat().st_size / 2
     quantized = onnxruntime.InferenceSession(files[0]).run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     assert np.corrcoef(quantized.ravel(), output.ravel())[0, 1] > 0.9

@@ -136,6 +136,8 @@ def test_grown_is_a_model_of_timm(kind, kwargs, tmp_path):
         loaded = timm.create_model(f'local-dir:{tmp_path / folder}', pretrained=True).eval()
         torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-4)
         assert loaded.pretrained_cfg['label_names'] == names and loaded.fused == (folder == 'fused')
+        if kind == 'dresnet':  # which keeps it loadable when the defaults change
+            assert loaded.pretrained_model_args.keys() >= {'gate', 'connection_rank', 'connected_stages'}
     backbone = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True, features_only=True).eval()
     torch.testing.assert_close(backbone(x)[-1], model.forward_features(x))
 

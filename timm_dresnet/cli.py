@@ -226,6 +226,7 @@ def export_command(args: argparse.Namespace) -> None:
     needed = ('onnx', 'onnxscript', 'onnxruntime') if args.int8 else ('onnx', 'onnxscript')
     if missing := [name for name in needed if find_spec(name) is None]:
         raise ValueError(f'ONNX needs what is not installed, try: pip install {" ".join(missing)}')
+    import onnx
     from timm.utils.onnx import onnx_export
     logging.getLogger('onnxscript.optimizer').setLevel(logging.ERROR)  # it warns of each constant that it leaves
     images = Classifier(model).read_sample(args.images, _MAX_MEASURED) if args.int8 else None
@@ -235,6 +236,10 @@ def export_command(args: argparse.Namespace) -> None:
         onnx_export(
             fused, str(folder / 'model.onnx'), input_size=resolve_model_data_config(model)['input_size'], batch_size=2,
             use_dynamo=True, check_forward=find_spec('onnxruntime') is not None)
+        network = onnx.load(folder / 'model.onnx')
+        for node in network.graph.node:
+            node.ClearField('metadata_props')  # with paths of files on this machine
+        onnx.save(network, folder / 'model.onnx')
         if images is not None:
             from onnxruntime.quantization import quantize_static
             from onnxruntime.quantization.shape_inference import quant_pre_process

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Sequence
 import torch.nn as nn
 from timm.layers import GroupNorm1
 from timm.models import create_model, generate_default_cfgs, get_pretrained_cfg, register_model, resnet
+from timm.models._input import update_model_args
 
 from .adaresnet import AdaBasicBlock, AdaBottleneck, AdaResNet
 from .adaresnet import checkpoint_filter_fn as _adaresnet_filter_fn
@@ -48,7 +49,7 @@ def grow(model: nn.Module, kind: str = 'dresnet', **kwargs: Any) -> ResNet:
     start_from_resnet(grown.state_dict())
     if cfg := getattr(model, 'pretrained_cfg', None):  # else timm did not create it, and cannot create it again
         grown.pretrained_cfg = grown.default_cfg = dict(cfg, architecture=kind)
-        grown._model_args = dict(getattr(model, '_model_args', {}), grown_from=cfg['architecture'], **kwargs)
+        update_model_args(grown, grown_from=cfg['architecture'], **kwargs)
     return grown
 
 
@@ -86,6 +87,8 @@ def _grow_dresnet(
         connection_rank = _choose_rank(grown, connected_stages)
     grown.add_connections(
         gate, gate_init, connection_rank, connected_stages, norm_layer=norm_layer, **kwargs, **_device_and_dtype(grown))
+    # what is saved loads with these, whatever the defaults are then
+    update_model_args(grown, gate=gate, connection_rank=connection_rank, connected_stages=connected_stages)
     return grown
 
 
