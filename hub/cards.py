@@ -56,15 +56,20 @@ class Run:
         """Read the files of a run.
 
         Raises:
-            ValueError: If its accuracy was measured under another name.
+            ValueError: If a table has not the columns that it should have, or accuracy was measured under another name.
         """
         run = cls(dataset_id=dataset_id, note=note)
         if (folder / 'args.yaml').exists():
             run.args = _without_paths(yaml.safe_load((folder / 'args.yaml').read_text()))
-        for name, rows in (('summary.csv', run.epochs), ('validation.csv', run.validation)):
+        for name, rows, columns in (
+                ('summary.csv', run.epochs, {'eval_loss', 'eval_top1', 'eval_top5'}),
+                ('validation.csv', run.validation, {'model', 'size', 'loss', 'top1', 'top5'}),
+        ):
             if (folder / name).exists():
                 with (folder / name).open(newline='') as f:
                     rows += csv.DictReader(f)
+                if rows and (missing := columns - rows[0].keys()):
+                    raise ValueError(f'{folder / name} has no column {min(missing)}: repair or remove the file.')
         measured = run.validation
         run.validation = [row for row in measured if Path(row.get('model') or '').name == folder.resolve().name]
         if measured and not run.validation:

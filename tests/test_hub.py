@@ -223,7 +223,10 @@ def test_faults_that_stay(alice, push, fault, message, commits):
     (shutil.rmtree, 'holds no config.json'),
     (lambda folder: (folder / 'model.safetensors').unlink(), 'holds no model.safetensors'),
     (lambda folder: (folder / 'args.yaml').write_text('a: [1'), 'while parsing'),
-    (lambda folder: (folder / 'validation.csv').write_text('model,top1\nother,50\n'), 'validation.csv has no row for'),
+    (lambda folder: (folder / 'validation.csv').write_text('model,size,loss,top1,top5\nother,1x1,1,50,60\n'),
+     'validation.csv has no row for'),
+    (lambda folder: (folder / 'summary.csv').write_text('epoch,eval_top1\n0,50\n'),
+     'summary.csv has no column eval_loss'),
     (lambda folder: save_for_hf(timm.create_model('test_dresnet', num_classes=0), folder, safe_serialization=True),
      'no classifier'),
 ])
