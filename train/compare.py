@@ -17,7 +17,7 @@ import timm
 import yaml
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from timm.utils import setup_default_logging
 
 from timm_dresnet.folders import atomic_folder
@@ -214,7 +214,7 @@ def draw_cost(lines: List[Dict[str, Any]], families: List[List[str]], folder: Pa
                 [line['last_top1_std'] or 0. for line in points], fmt='.-', capsize=3, label=family[0])
     axes.set(xscale='log', xlabel=f'time of training, in epochs of {lines[0]["model"]}', ylabel='top-1 accuracy, %')
     axes.xaxis.set_major_formatter('{x:g}')
-    axes.xaxis.set_minor_formatter('{x:g}')
+    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # as many as there is room for
     axes.tick_params(axis='x', which='both', length=4)
     axes.grid(alpha=0.3, which='both')
     axes.legend()
