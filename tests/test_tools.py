@@ -23,17 +23,6 @@ def create(name, **kwargs):
     return model
 
 
-def convolutions(model):
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-
-
-def check_gradients(model, x, names):
-    """That each of these parameters gets a finite gradient that is not 0."""
-    model(x).square().mean().backward()
-    parameters = dict(model.named_parameters())
-    assert names and not [n for n in names if not parameters[n].grad.isfinite().all() or not parameters[n].grad.any()]
-
-
 @models
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 def test_forward_hooks_fire_once(name, training):
@@ -79,37 +68,22 @@ class LoRA(nn.Module):
 
 
 @models
-def test_low_rank_adapters(name):
-    model = create(name)
-    for n, module in convolutions(model):
-        model.set_submodule(n, LoRA(module))
-    adapters = [n for n, _ in model.named_parameters() if n.endswith(('.down.weight', '.up.weight'))]
-    check_gradients(model.train(), images(batch=4, size=32), adapters)
-
-
-@models
-def test_pruning_of_weights(name):
+@pytest.mark.parametrize('change,new', [
+    (lambda model, name, conv: model.set_submodule(name, LoRA(conv)), ('.down.weight', '.up.weight')),
+    (lambda model, name, conv: prune.l1_unstructured(conv, 'weight', 0.5), ('.weight_orig',)),
+    (lambda model, name, conv: parametrizations.weight_norm(conv), ('.original1',)),
+    (lambda model, name, conv: nn.utils.spectral_norm(conv), ('.weight_orig',)),
+], ids=['adapters', 'pruning', 'weight_norm', 'spectral_norm'])
+def test_changed_convolutions_train(name, change, new):
+    """Each new parameter gets a finite gradient that is not 0."""
     model = create(name).train()
-    x = images(batch=4, size=32)
-    parameters = [(module, 'weight') for _, module in convolutions(model)]
-    prune.global_unstructured(parameters, prune.L1Unstructured, amount=0.5)
-    check_gradients(model, x, [f'{n}.weight_orig' for n, _ in convolutions(model)])
-    expected = model.eval()(x)
-    for _, module in convolutions(model):
-        prune.remove(module, 'weight')
-    assert_close(model(x), expected)
-
-
-@models
-@pytest.mark.parametrize(
-    'normalize', [parametrizations.weight_norm, nn.utils.spectral_norm], ids=lambda f: f.__module__)
-def test_reparametrized_weights(name, normalize):
-    model = create(name).train()
-    for _, module in convolutions(model):
-        normalize(module)
-    names = [n for n, _ in model.named_parameters() if n.endswith(('original1', 'weight_orig'))]
-    assert len(names) == len(convolutions(model))
-    check_gradients(model, images(batch=4, size=32), names)
+    convolutions = [(n, module) for n, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    for n, conv in convolutions:
+        change(model, n, conv)
+    model(images(batch=4, size=32)).square().mean().backward()
+    parameters = {n: p for n, p in model.named_parameters() if n.endswith(new)}
+    assert len(parameters) == len(convolutions) * len(new)
+    assert not [n for n, p in parameters.items() if not p.grad.isfinite().all() or not p.grad.any()]
 
 
 @models
