@@ -2,13 +2,14 @@
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT, rows
+import test_resume
+from conftest import rows
+from test_resume import finish
 from train.__main__ import main
 
 RECIPE = ['--config', 'train/recipes/digits.yaml', '--device', 'cpu', '--model', 'test_dresnet', '--workers', '0',
@@ -16,20 +17,10 @@ RECIPE = ['--config', 'train/recipes/digits.yaml', '--device', 'cpu', '--model',
 
 
 def start(output, processes, *args):
-    launcher = []
-    if processes > 1:
-        launcher = [
-            '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '--max-restarts', '3']
-    return subprocess.Popen(
-        [sys.executable, *launcher, '-m', 'train', *RECIPE, *map(str, args), '--output', str(output)], cwd=ROOT,
-        stderr=subprocess.PIPE, text=True,
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '--max-restarts', '3']
+    return test_resume.start(
+        output, *args, recipe=RECIPE, launcher=launcher if processes > 1 else [],
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'})
-
-
-def finish(process):
-    _, log = process.communicate()
-    assert process.returncode == 0, log
-    return log
 
 
 def weights(output):

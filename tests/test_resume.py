@@ -21,10 +21,9 @@ RECIPE = [
 ]
 
 
-def start(output, *args, **kwargs):
-    return subprocess.Popen(
-        [sys.executable, '-m', 'train', *RECIPE, '--output', str(output), *map(str, args)], cwd=ROOT,
-        stderr=subprocess.PIPE, text=True, **kwargs)
+def start(output, *args, recipe=RECIPE, launcher=(), **kwargs):
+    command = [sys.executable, *launcher, '-m', 'train', *recipe, '--output', str(output), *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
 def finish(process):
