@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from train import benchmark
-from train.benchmark import Pair, TrainingStep, count_multiply_adds, prepare_for_inference
+from train.benchmark import TrainingStep, count_multiply_adds, prepare_for_inference
 
 TIMES = ('image_seconds', 'batch_seconds', 'step_seconds')
 
@@ -49,17 +49,6 @@ def test_report(tmp_path, monkeypatch, capsys):
     assert lines[0][3] == f'{baseline["parameters"]:,}' and lines[0][6] == f'{2 / batch:.1f} images/s'
 
 
-def test_pairs(monkeypatch, capsys):
-    measured = []
-    monkeypatch.setattr(
-        benchmark, 'measure', lambda pair, *args: measured.append(pair) or dict(input=[0], variants=dict(baseline=dict(
-            name=pair.baseline))))
-    benchmark.main(['--all', '--img-size', '64', '--batch-size', '4'])
-    assert measured == [Pair('adaresnet50', 'resnet50', 64, 4)] + [
-        Pair(f'dresnet{depth}', f'resnet{depth}', 64, 4) for depth in (18, 34, 50, 101)] + [
-        Pair(f'dresnet{depth}_cifar', f'resnet{depth}_cifar', 32, 128) for depth in (20, 56)]
-
-
 @pytest.mark.parametrize('name,what', [('test_dresnet', 'fused'), ('test_resnet', 'norms folded'), ('test_vit', None)])
 def test_prepare_for_inference(name, what):
     model = timm.create_model(name).eval()
@@ -95,6 +84,7 @@ def test_multiply_adds():
 @pytest.mark.parametrize('args,words', [
     (['--models', 'test_dresnett', '--baseline', 'test_resnet'], ['test_dresnett', 'did you mean test_dresnet']),
     (['--models', 'test_dresnet'], ['--baseline']),
+    (['--all', '--models', 'test_dresnet', '--baseline', 'test_resnet'], ['exclude --all']),
     (['--cuda-graphs'], ['--cuda-graphs', 'cpu']),
     (['--device', 'nothing'], ['--device nothing']),
 ])

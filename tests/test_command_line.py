@@ -106,16 +106,6 @@ def test_class_names(names, classes, expected):
     assert len(labels) == classes and labels[:len(expected)] == expected
 
 
-def test_classify_turns_photographs_upright(run, tmp_path):
-    image = Image.linear_gradient('L').resize((32, 32)).convert('RGB')
-    image.save(tmp_path / 'upright.png')
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    image.rotate(90).save(tmp_path / 'turned.png', exif=exif)
-    upright, turned = run('classify', 'upright.png', 'turned.png', '--json')[1].splitlines()
-    assert json.loads(upright)['classes'] == json.loads(turned)['classes']
-
-
 def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
     (tmp_path / 'text.png').write_text('not an image')
     (tmp_path / 'cut.jpg').write_bytes((photos / 'a/4.jpg').read_bytes()[:300])

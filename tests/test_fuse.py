@@ -6,11 +6,9 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file
-from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
-from test_maths import randomize
+import test_maths
 from test_models import assert_close, check_export_and_onnx
 
 CHANNELS_LAST = dict(memory_format=torch.channels_last)
@@ -18,9 +16,7 @@ CHANNELS_LAST = dict(memory_format=torch.channels_last)
 
 def create(name, size=(65, 97), dtype=torch.float64, **kwargs):
     """A model that has seen some images, so that numbers stay moderate in eval mode, and other images."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5, dtype=dtype, **kwargs).train()
-    randomize(model)
+    model = test_maths.create(name, dtype, **kwargs).train()
     x = torch.randn(4, 3, *size, dtype=dtype)
     with torch.no_grad():
         for norm in model.modules():
@@ -71,28 +67,10 @@ def test_a_copy_or_in_place(name):
     fused = reparameterize_model(model)
     assert fused is not model and not model.fused and fused.fused
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    model.train()
-    assert reparameterize_model(model, inplace=True) is model
-    torch.testing.assert_close(model.eval()(x), expected, rtol=1e-9, atol=1e-9)
-    twice = reparameterize_model(model)
-    torch.testing.assert_close(twice(x), expected, rtol=1e-9, atol=1e-9)
-    assert twice.fused and twice.state_dict().keys() == model.state_dict().keys()
-
-
-@pytest.mark.parametrize('name,kwargs', [
-    ('dresnet50', dict(gate='gauss')), ('adaresnet18', dict(skip_weight='shared')), ('test_dresnet', dict(in_chans=1)),
-], ids=str)
-def test_saves_and_loads(name, kwargs, tmp_path):
-    model = reparameterize_model(timm.create_model(name, num_classes=5, **kwargs).eval())
-    x = torch.randn(2, kwargs.get('in_chans', 3), 64, 64)
-    expected = model(x)
-    save_for_hf(model, tmp_path, safe_serialization=True)
-    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
-    assert torch.equal(loaded(x), expected)
-    loaded = timm.create_model(name, num_classes=5, inference_mode=True, **kwargs).eval()
-    loaded.load_state_dict(load_file(tmp_path / 'model.safetensors'))
-    assert torch.equal(loaded(x), expected)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    assert reparameterize_model(model.train(), inplace=True) is model
+    for again in (model.eval(), reparameterize_model(model), pickle.loads(pickle.dumps(model))):
+        assert again.fused and again.state_dict().keys() == fused.state_dict().keys()
+        torch.testing.assert_close(again(x), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize('name', [
@@ -109,28 +87,17 @@ def test_export_onnx_compile_and_trace(name, tmp_path):
     check_export_and_onnx(model, x, tmp_path / 'model.onnx')
 
 
-@pytest.mark.parametrize('name', ['dresnet18', 'adaresnet50'])
-def test_features(name):
-    model, x = create(name, features_only=True)
+@pytest.mark.parametrize('name,kwargs', [
+    ('dresnet18', {}), ('dresnet18', dict(out_indices=(1, 3))), ('dresnet50', dict(out_indices=[1])),
+    ('adaresnet50', dict(out_indices=(1, 3))),
+], ids=str)
+def test_features(name, kwargs):
+    model, x = create(name, features_only=True, **kwargs)
     fused = reparameterize_model(model)
     for feature, expected in zip(fused(x), model(x)):
         torch.testing.assert_close(feature, expected, rtol=1e-9, atol=1e-9)
-    built = timm.create_model(name, features_only=True, inference_mode=True)
+    built = timm.create_model(name, features_only=True, inference_mode=True, **kwargs)
     assert [tuple(p.shape) for p in built.parameters()] == [tuple(p.shape) for p in fused.parameters()]
-
-
-@pytest.mark.parametrize('name,stages', [('dresnet18', 3), ('dresnet50', 1), ('adaresnet18', 3)])
-def test_features_of_fewer_stages(name, stages):
-    model, x = create(name)
-    expected = model.forward_intermediates(x, indices=[stages], intermediates_only=True)[0]
-    fused = reparameterize_model(model)
-    fused.prune_intermediate_layers([stages])
-    output = fused.forward_intermediates(x, indices=[stages], intermediates_only=True)[0]
-    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
-    model.prune_intermediate_layers([stages])
-    assert getattr(model, 'pruned_connections', []) == []  # left out with their stage, not pruned
-    again = reparameterize_model(model)
-    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in fused.state_dict().items()}
 
 
 @pytest.mark.parametrize('name', ['test_dresnet', 'test_adaresnet'])

@@ -70,17 +70,6 @@ def test_grown_from_memory_for_other_classes_and_channels(arch):
     assert 'state_dict' not in model.pretrained_cfg  # else the weights would stay, twice
 
 
-@pytest.mark.parametrize('arch', ['dresnet18', 'adaresnet18'])
-def test_own_weights_are_loaded_as_they_are(arch, tmp_path):
-    torch.manual_seed(1)
-    source = timm.create_model(arch).eval()
-    save_file(source.state_dict(), tmp_path / 'model.safetensors')
-    overlay = dict(file=str(tmp_path / 'model.safetensors'))
-    model = timm.create_model(arch, pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    x = torch.randn(2, 3, 64, 64)
-    assert torch.equal(model(x), source(x))
-
-
 def test_weights_of_another_network_are_refused(tmp_path):
     save_file(timm.create_model('resnet34').state_dict(), tmp_path / 'resnet.safetensors')
     with pytest.raises(RuntimeError, match='another layers'):

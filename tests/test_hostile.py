@@ -2,8 +2,6 @@
 import json
 import os
 import pickle
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -56,16 +54,13 @@ def test_pickles_are_not_run(folder, tmp_path):
     assert not (tmp_path / 'trap').exists()
 
 
-def header(size=None, data=b'12345678', **changes):
-    text = json.dumps({'fc.bias': {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8], **changes}}).encode()
-    return struct.pack('<Q', len(text) if size is None else size) + text + data
-
-
-@pytest.mark.parametrize('data', [
-    b'', header(size=2 ** 63), header(data=b''), header(shape=[2 ** 62, 8]), header(dtype='PICKLE'),
-], ids=range(5))
-def test_headers_of_safetensors(folder, data):
-    (folder / 'model.safetensors').write_bytes(data)
+@pytest.mark.parametrize('damage', [
+    lambda data: b'', lambda data: data[:-100], lambda data: data[:7] + b'\x80' + data[8:],  # a header of 2 ** 63 bytes
+    lambda data: data.replace(b'"F32"', b'"F33"', 1),
+], ids=['empty', 'cut', 'size', 'type'])
+def test_damaged_safetensors(folder, damage):
+    file = folder / 'model.safetensors'
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match='model.safetensors is damaged') as error:
         load_folder(folder)
     assert len(str(error.value).splitlines()) == 1
@@ -106,15 +101,18 @@ def test_configs(folder, change, message):
     assert str(folder) in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-def test_what_is_not_a_regular_file(folder, tmp_path):
+@pytest.mark.parametrize('make', [os.mkdir, os.mkfifo, lambda path: os.symlink(path, path)], ids=['dir', 'fifo', 'link'])
+def test_what_is_not_a_regular_file(folder, make):
+    (folder / 'config.json').unlink()
+    make(folder / 'config.json')
+    with pytest.raises(ValueError, match='holds no config.json'):
+        load_folder(folder)
+
+
+def test_files_may_be_links(folder, tmp_path):
+    """As they are in the cache of the Hub."""
     (folder / 'config.json').rename(tmp_path / 'config.json')
-    for make in (os.mkdir, os.mkfifo, lambda path: os.symlink(path, path)):
-        make(folder / 'config.json')
-        with pytest.raises(ValueError, match='holds no config.json'):
-            load_folder(folder)
-        (folder / 'config.json').rename(tmp_path / 'aside')
-        (os.rmdir if (tmp_path / 'aside').is_dir() else os.unlink)(tmp_path / 'aside')
-    (folder / 'config.json').symlink_to(tmp_path / 'config.json')  # as in the cache of the Hub
+    (folder / 'config.json').symlink_to(tmp_path / 'config.json')
     assert load_folder(folder).pretrained_cfg['label_names'] == list('abcd')
 
 
@@ -123,33 +121,30 @@ def classifier():
     return Classifier(timm.create_model('test_dresnet', pretrained=True).eval())
 
 
-def png(width, height):
-    """A PNG file that claims to be of this size."""
-    def chunk(kind, data):
-        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    size = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
-    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', size) + chunk(b'IDAT', zlib.compress(b'\0')) + chunk(b'IEND', b'')
-
-
-@pytest.mark.parametrize('data', [
-    png(50_000, 50_000), png(0, 5), b'GIF89a', b'%!PS-Adobe-3.0 EPSF-3.0\n', png(9, 9)[:40],
-], ids=range(5))
+@pytest.mark.parametrize('data', [b'GIF89a', b'%!PS-Adobe-3.0 EPSF-3.0\n'], ids=range(2))
 def test_images_that_cannot_be_read(classifier, tmp_path, data):
     (tmp_path / 'image.png').write_bytes(data)
     with pytest.raises(ValueError, match='image.png. cannot be read'):
         classifier.read(str(tmp_path / 'image.png'))
 
 
-@pytest.mark.parametrize('mode', ['1', 'LA', 'P', 'RGBA', 'CMYK', 'I;16', 'F'])
+def test_images_that_are_too_large(classifier, tmp_path, monkeypatch):
+    Image.new('RGB', (12, 12)).save(tmp_path / 'image.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)  # PIL warns above it, and raises above twice as many
+    with pytest.raises(ValueError, match='image.png. cannot be read as an image .DecompressionBombWarning'):
+        classifier.read(str(tmp_path / 'image.png'))
+
+
+@pytest.mark.parametrize('mode', ['LA', 'RGBA', 'CMYK', 'I;16', 'F'])
 def test_modes_of_images(classifier, mode):
     gray = np.full((40, 30), 128)
-    if mode in ('I;16', 'F'):
-        image = Image.fromarray((gray * 257).astype(np.uint16) if mode == 'I;16' else gray.astype(np.float32))
+    if mode == 'I;16':
+        image = Image.fromarray((gray * 257).astype(np.uint16))
+    elif mode == 'F':
+        image = Image.fromarray(gray.astype(np.float32))
     else:
-        image = Image.fromarray(np.uint8(np.dstack([gray] * 3))).convert(mode)
+        image = Image.fromarray(np.uint8(gray)).convert('RGB').convert(mode)
     assert image.mode == mode
     pixels = classifier.preprocess(image)
-    assert pixels.shape == (3, 32, 32) and pixels.isfinite().all()
-    if mode not in ('1', 'P'):  # which have no such gray
-        expected = classifier.preprocess(Image.new('RGB', (30, 40), (128, 128, 128)))
-        torch.testing.assert_close(pixels, expected, rtol=0, atol=0.06)
+    expected = classifier.preprocess(Image.new('RGB', (30, 40), (128, 128, 128)))
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=0.06)

@@ -1,5 +1,6 @@
 """Tools that work through the call of a module."""
 import copy
+from functools import partial
 
 import pytest
 import timm
@@ -10,17 +11,11 @@ from timm.utils import reparameterize_model
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
 
-from test_maths import randomize
+import test_maths
 from test_models import assert_close, images
 
+create = partial(test_maths.create, dtype=torch.float32)
 models = pytest.mark.parametrize('name', ['dresnet18', 'dresnet56_cifar', 'adaresnet18'])
-
-
-def create(name, **kwargs):
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5, **kwargs)
-    randomize(model)
-    return model
 
 
 @models

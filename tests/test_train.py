@@ -7,7 +7,6 @@ import pytest
 import timm
 import torch
 import yaml
-from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
@@ -140,24 +139,11 @@ def test_other_classes_than_before(tmp_path, capsys, caplog):
         train(tmp_path, *args)
 
 
-@pytest.mark.parametrize('args,words', [
-    ([], 'This CPU trains faster in bfloat16'), (['--amp', '--amp-dtype', 'bfloat16'], 'Training test_adaresnet')])
-def test_bfloat16_is_named_on_cpus_that_have_it(args, words, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr('train.run.computes_bfloat16', lambda: True)
-    with caplog.at_level(logging.INFO, 'train'):
-        train(tmp_path, '--model', 'test_adaresnet', *args)
-    assert [record.message for record in caplog.records][0].startswith(words)
-
-
 def test_images_of_four_channels(tmp_path):
-    for split in ('train', 'validation'):
-        for name in 'ab':
-            (tmp_path / split / name).mkdir(parents=True)
-            for i in range(4):
-                Image.effect_noise((16, 16), 50).convert('RGBA').save(tmp_path / split / name / f'{i}.png')
-    output = train(tmp_path, '--model', 'test_resnet', '--dataset', '', '--data-dir', tmp_path, '--in-chans', 4,
+    folder = write_digits(tmp_path, {split: dict(a=1, b=2) for split in ('train', 'validation')})
+    output = train(tmp_path, '--model', 'test_resnet', '--dataset', '', '--data-dir', folder, '--in-chans', 4,
                    '--num-classes', 2)
-    validate.main([str(output), '--data-dir', str(tmp_path), '--workers', '0'])
+    validate.main([str(output), '--data-dir', str(folder), '--workers', '0'])
 
 
 def test_classes_that_do_not_fit(tmp_path):
