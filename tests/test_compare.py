@@ -8,9 +8,9 @@ import sys
 import pytest
 import timm
 import yaml
-from PIL import Image
 
 from conftest import ROOT, rows
+from test_data import write_digits
 from timm_dresnet.resnet import CIFAR10_MEAN
 from train import compare, validate
 from train.__main__ import main
@@ -19,22 +19,18 @@ from train.compare import load_config
 from train.datasets import Digits
 
 
-def comparison(path, **kwargs):
-    path.write_text(yaml.safe_dump(dict(
+def test_comparison(tmp_path):
+    """Stopped in the first of four runs, then resumed."""
+    config = tmp_path / 'small.yaml'
+    config.write_text(yaml.safe_dump(dict(
         recipe='digits',
         seeds=[0, 1],
         arguments=dict(epochs=2, warmup_epochs=0, workers=0),
         models={'Ada': dict(model='test_adaresnet'),
                 'Dynamic, gauss': dict(model='test_dresnet', model_kwargs=dict(gate='gauss'))},
-        **kwargs,
     )))
-    return path
-
-
-def test_comparison(tmp_path):
-    """Stopped in the first of four runs, then resumed."""
-    command = [sys.executable, '-m', 'train.compare', '--config', str(comparison(tmp_path / 'small.yaml')), '--output',
-               str(tmp_path), '--val-interval', '1', '--experiment', 'each-has-its-own']
+    command = [sys.executable, '-m', 'train.compare', '--config', str(config), '--output', str(tmp_path),
+               '--val-interval', '1', '--experiment', 'each-has-its-own']
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     log = ''
     for line in process.stderr:
@@ -146,11 +142,7 @@ def test_validate_at_the_size_of_the_run(tmp_path, capsys):
 
 def test_validate_a_folder_of_images(digits_folder, tmp_path, capsys, caplog):
     """Whose classes are held against the model's, and one of which cannot be read."""
-    for i, (image, target) in enumerate(Digits('validation')):
-        if target > 0:
-            folder = tmp_path / 'validation' / str(target)
-            folder.mkdir(parents=True, exist_ok=True)
-            image.resize((16, 16), Image.Resampling.BICUBIC).save(folder / f'{i}.png')
+    write_digits(tmp_path, dict(train={}, validation={str(i): i for i in range(1, 10)}))
     paths = sorted(tmp_path.glob('validation/*/*.png'))
     paths[5].write_bytes(b'')
     (tmp_path / 'classes.txt').write_text('\n'.join(Digits.classes))

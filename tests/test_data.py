@@ -1,10 +1,7 @@
 """What a run is trained on: timm's data sets, the same images in the same order however they are loaded."""
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -49,18 +46,22 @@ def assert_equal(first, second):
         assert torch.equal(images, other_images) and torch.equal(targets, other_targets)
 
 
+def write_digits(folder, classes):
+    """Write 40 images of each class to train on and 10 to validate: `classes` is `{split: {name: digit}}`."""
+    for split, count in (('train', 40), ('validation', 10)):
+        digits = Digits(split)
+        for name, digit in classes[split].items():
+            (folder / split / name).mkdir(parents=True)
+            for i in [i for i, (_, target) in enumerate(digits) if target == digit][:count]:
+                digits[i][0].resize((16, 16)).save(folder / split / name / f'{i:04}.png')
+    return folder
+
+
 @pytest.fixture(scope='module')
 def image_folder(tmp_path_factory):
-    """240 digits to train on and 60 to validate, as PNG files in folders of classes."""
-    root = tmp_path_factory.mktemp('images')
-    for split, count in (('train', 240), ('validation', 60)):
-        dataset = Digits(split)
-        for i in range(count):
-            image, target = dataset[i]
-            folder = root / split / f'digit {target}'
-            folder.mkdir(parents=True, exist_ok=True)
-            image.resize((16, 16)).save(folder / f'{i:04}.png')
-    return root
+    """240 digits to train on and 60 to validate."""
+    classes = {f'digit {i}': i for i in range(6)}
+    return write_digits(tmp_path_factory.mktemp('images'), dict(train=classes, validation=classes))
 
 
 AUGMENT = ['--dataset', 'digits', '--aa', 'rand-m9-n3-mstd0.5', '--mixup', 0.2, '--cutmix', 1, '--reprob', 0.5]
@@ -102,17 +103,6 @@ def test_growing_resolution():
     whole = batches(mixed, 1)
     assert {images.shape[-1] for images, _ in whole} == {8, 12, 16}
     assert_equal(batches(train_loader(*args, '--workers', 2), 1, 17), whole[17:])
-
-
-def test_two_processes_share_a_batch_of_one():
-    both = train_loader('--dataset', 'digits', '--no-aug')
-    parts = [
-        batches(train_loader('--dataset', 'digits', '--no-aug', '--batch-size', 16, process=Process(
-            torch.device('cpu'), rank, 2)), epoch=3)
-        for rank in range(2)]
-    for (images, targets), *halves in zip(batches(both, epoch=3), *parts):
-        for rank, (half, half_targets) in enumerate(halves):
-            assert torch.equal(images[rank::2], half) and torch.equal(targets[rank::2], half_targets)
 
 
 def test_repeated_augmentation_and_the_end_of_mixup():
@@ -171,7 +161,7 @@ def test_kinds_of_data_sets(kind, image_folder, tmp_path):
         found.update((image.numpy().round(3).tobytes(), target) for image, target in zip(images, targets.tolist()))
     assert found == expected
     if not streamed:
-        assert class_names(evaluated.dataset) == [f'digit {i}' for i in range(10)]
+        assert class_names(evaluated.dataset) == [f'digit {i}' for i in range(6)]
 
     loader = train_loader(*args)
     whole = batches(loader, epoch=1)
@@ -225,14 +215,6 @@ def test_bad_images_are_left_out_of_validation(bad_folder):
     assert measured == pytest.approx(measure(149)[0])
 
 
-def test_crop_mode_of_the_model(image_folder):
-    image = Image.effect_noise((24, 16), 60).convert('RGB')
-    for mode in ('center', 'squash', 'border'):
-        loader = eval_loader('--data-dir', image_folder, config={**SIZE, 'crop_mode': mode})
-        expected = create_transform(**{**SIZE, 'crop_mode': mode}, normalize=False)
-        assert torch.equal(loader.dataset.transform(image), expected(image)), mode
-
-
 @pytest.mark.parametrize('images,sizes', [(120, [30] * 4), (40, [20] * 2), (241, [32] * 7), (7, [6]), (1, [])], ids=str)
 def test_small_data_sets_are_not_cut(tmp_path, images, sizes):
     (tmp_path / 'train/a').mkdir(parents=True)
@@ -241,24 +223,15 @@ def test_small_data_sets_are_not_cut(tmp_path, images, sizes):
     assert [len(targets) for _, targets in batches(train_loader('--data-dir', tmp_path))] == sizes
 
 
-def test_classes_have_the_same_numbers_in_every_process(tmp_path):
-    names = ['1', '01', '001', 'A', 'a', 'b', '10', '2']
-    for name in names:
+def test_order_of_classes(tmp_path):
+    """It does not depend on the order of a set, which differs between processes."""
+    for name in ('1', '01', '001', 'A', 'a', 'b', '10', '2'):
         (tmp_path / 'train' / name).mkdir(parents=True)
         Image.new('RGB', (8, 8)).save(tmp_path / f'train/{name}/x.png')
-    code = f"""if True:
-        from train.arguments import parse_args
-        from train.datasets import class_names, open_dataset
-        data = open_dataset(parse_args(['--data-dir', {str(tmp_path)!r}]), True, 3)
-        print(class_names(data), [data.dataset.filename(i) + str(data[i][1]) for i in range(len(data))])"""
-    answers = {
-        subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED': seed}, capture_output=True,
-                       text=True, check=True).stdout for seed in '123'}
-    assert len(answers) == 1
-    classes, files = [eval(part + ']') for part in answers.pop().strip().split(']')[:2]]
-    assert classes == ['001', '01', '1', '2', '10', 'A', 'a', 'b']
-    assert files == [f'{name}/x.png{number}' for number, name in sorted(
-        enumerate(classes), key=lambda pair: files.index(f'{pair[1]}/x.png{pair[0]}'))]
+    dataset = open_dataset(arguments('--data-dir', tmp_path), True, 3)
+    names = ['001', '01', '1', '2', '10', 'A', 'a', 'b']
+    assert class_names(dataset) == names
+    assert [dataset.dataset.filename(i) for i in range(8)] == [f'{names[dataset[i][1]]}/x.png' for i in range(8)]
 
 
 def test_images_of_phones_and_of_other_formats(tmp_path, caplog):

@@ -17,7 +17,7 @@ RECIPE = ['--config', 'train/recipes/digits.yaml', '--device', 'cpu', '--model',
 
 
 def start(output, processes, *args):
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '--max-restarts', '3']
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '--max-restarts=3']
     return test_resume.start(
         output, *args, recipe=RECIPE, launcher=launcher if processes > 1 else [],
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'})

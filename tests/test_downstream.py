@@ -124,23 +124,10 @@ def test_lightning(name, tmp_path):
 def test_torchvision_detection(name):
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.rpn import AnchorGenerator
-    from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
-
-    class Backbone(torch.nn.Module):
-        out_channels = 32
-
-        def __init__(self):
-            super().__init__()
-            self.body = timm.create_model(name, features_only=True, out_indices=(2, 3, 4))
-            self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), self.out_channels)
-
-        def forward(self, x):
-            return self.fpn({str(i): feature for i, feature in enumerate(self.body(x))})
-
-    model = FasterRCNN(
-        Backbone(), 3, min_size=96, max_size=96,
-        rpn_anchor_generator=AnchorGenerator(((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3),
-        box_roi_pool=MultiScaleRoIAlign(['0', '1', '2'], 7, 2))
+    backbone = timm.create_model(name, num_classes=0, global_pool='')
+    backbone.out_channels = backbone.num_features
+    anchors = AnchorGenerator(((16, 32, 64),), ((0.5, 1.0, 2.0),))
+    model = FasterRCNN(backbone, 3, min_size=96, max_size=96, rpn_anchor_generator=anchors)
     targets = [dict(boxes=torch.tensor([[10., 10., 50., 60.]]), labels=torch.tensor([1])) for _ in range(2)]
     losses = model(list(images(size=96)), targets)
     check_trains(model, sum(losses.values()))

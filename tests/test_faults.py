@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from sklearn.datasets import load_digits
 
 from conftest import ROOT
+from test_data import write_digits
 from test_resume import assert_same, summary
 from train.checkpoints import newest
 
@@ -27,15 +26,11 @@ CASES = {  # the batch of 3 epochs of 6; epoch and batch kept, of checkpoints 2 
 
 @pytest.fixture(scope='module')
 def recipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('digits')
-    images, targets = load_digits(return_X_y=True)
-    for number, (image, target) in enumerate(zip(images[:112], targets)):
-        path = folder / ('train' if number >= 16 else 'validation') / str(target) / f'{number:03}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((image.reshape(8, 8) * 15).astype('uint8')).save(path)
+    classes = dict(a=1, b=2, c=3)
+    folder = write_digits(tmp_path_factory.mktemp('digits'), dict(train=classes, validation=classes))
     return [
-        '--data-dir', str(folder), '--model', 'test_dresnet', '--input-size', '3', '16', '16', '--num-classes', '10',
-        '--batch-size', '16', '--epochs', '3', '--warmup-epochs', '1', '--opt', 'adamw', '--lr', '0.003',
+        '--data-dir', str(folder), '--model', 'test_dresnet', '--input-size', '3', '16', '16', '--num-classes', '3',
+        '--batch-size', '20', '--epochs', '3', '--warmup-epochs', '1', '--opt', 'adamw', '--lr', '0.003',
         '--reprob', '0.3', '--model-ema', '--recovery-interval', '2', '--deterministic', '--experiment', 'digits']
 
 

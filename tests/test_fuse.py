@@ -122,23 +122,3 @@ def test_other_norms_stay(name, norm):
     if norm == 'frozen':
         timm.utils.freeze(model)
     assert_same(reparameterize_model(model), model, x, 1e-10)
-
-
-@pytest.mark.skipif(torch.__version__ < '2.9', reason='it compiles pooling for odd and even sizes apart')
-@pytest.mark.parametrize('name', [
-    'dresnet18', *(pytest.param(name, marks=pytest.mark.slow) for name in ('dresnet50', 'adaresnet18'))])
-def test_compiled_for_other_sizes_once(name):
-    """As often as timm's ResNet, whose second size makes batch and image size dynamic."""
-    from torch._dynamo.utils import counters
-
-    def graphs(model):
-        torch._dynamo.reset()
-        counters.clear()
-        compiled = torch.compile(model, backend='eager', fullgraph=True)
-        with torch.no_grad():
-            for batch, size in ((2, 64), (3, 64), (4, 96), (5, 80), (6, 65)):
-                compiled(torch.randn(batch, 3, size, size))
-        return counters['stats']['unique_graphs']
-
-    model = timm.create_model(name).eval()
-    assert graphs(model) == graphs(reparameterize_model(model)) == graphs(timm.create_model('resnet18').eval())

@@ -101,7 +101,7 @@ def test_configs(folder, change, message):
     assert str(folder) in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize('make', [os.mkdir, os.mkfifo, lambda path: os.symlink(path, path)], ids=['dir', 'fifo', 'link'])
+@pytest.mark.parametrize('make', [os.mkdir, os.mkfifo, lambda path: os.symlink(path, path)])
 def test_what_is_not_a_regular_file(folder, make):
     (folder / 'config.json').unlink()
     make(folder / 'config.json')
@@ -121,13 +121,6 @@ def classifier():
     return Classifier(timm.create_model('test_dresnet', pretrained=True).eval())
 
 
-@pytest.mark.parametrize('data', [b'GIF89a', b'%!PS-Adobe-3.0 EPSF-3.0\n'], ids=range(2))
-def test_images_that_cannot_be_read(classifier, tmp_path, data):
-    (tmp_path / 'image.png').write_bytes(data)
-    with pytest.raises(ValueError, match='image.png. cannot be read'):
-        classifier.read(str(tmp_path / 'image.png'))
-
-
 def test_images_that_are_too_large(classifier, tmp_path, monkeypatch):
     Image.new('RGB', (12, 12)).save(tmp_path / 'image.png')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)  # PIL warns above it, and raises above twice as many
@@ -135,16 +128,7 @@ def test_images_that_are_too_large(classifier, tmp_path, monkeypatch):
         classifier.read(str(tmp_path / 'image.png'))
 
 
-@pytest.mark.parametrize('mode', ['LA', 'RGBA', 'CMYK', 'I;16', 'F'])
-def test_modes_of_images(classifier, mode):
-    gray = np.full((40, 30), 128)
-    if mode == 'I;16':
-        image = Image.fromarray((gray * 257).astype(np.uint16))
-    elif mode == 'F':
-        image = Image.fromarray(gray.astype(np.float32))
-    else:
-        image = Image.fromarray(np.uint8(gray)).convert('RGB').convert(mode)
-    assert image.mode == mode
-    pixels = classifier.preprocess(image)
+def test_images_of_16_bits(classifier):
+    pixels = classifier.preprocess(Image.fromarray(np.full((40, 30), 128 * 257, dtype=np.uint16)))
     expected = classifier.preprocess(Image.new('RGB', (30, 40), (128, 128, 128)))
-    torch.testing.assert_close(pixels, expected, rtol=0, atol=0.06)
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=0.02)

@@ -142,8 +142,7 @@ def test_signal_of_a_network():
         expected = pixels.mean().item(), variance.mean().item(), y.grad.norm().item()
         assert (record['mean'], record['variance'], record['gradient_norm']) == pytest.approx(expected, rel=1e-4)
     weights = {record['name']: record for record in signal['layers']}
-    layers = {name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
-    assert set(weights) == layers
+    assert set(weights) == {n for n, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
     for name, record in weights.items():
         weight = model.get_submodule(name).weight
         assert record['gradient_norm'] == pytest.approx(weight.grad.norm().item(), rel=1e-4)
@@ -151,20 +150,6 @@ def test_signal_of_a_network():
     correlations = signal['input_gradients']
     assert [record['distance'] for record in correlations] == [0, 0.5, 1]
     assert correlations[0]['correlation'] == pytest.approx(1) and -1 <= correlations[2]['correlation'] < 1
-
-
-def test_signal_of_deep_networks():
-    def measure(name):
-        torch.manual_seed(0)
-        signal = timm_dresnet.signal_propagation(timm.create_model(name), images(8))
-        norms = [block['gradient_norm'] for block in signal['blocks']]
-        return norms[0] / norms[-1], [record['correlation'] for record in signal['input_gradients']]
-
-    ratio, correlations = measure('resnet56_cifar')
-    assert 0.1 < ratio < 10 and correlations[1] > 0.7
-    # without shortcuts, batch norm makes gradients explode (Yang et al., arXiv:1902.08129), and they are white noise
-    ratio, correlations = measure('plainnet56_cifar')
-    assert ratio > 100 and abs(correlations[1]) < 0.1
 
 
 def test_what_cannot_be_measured():
@@ -209,12 +194,11 @@ def test_picture(plot, arch, keep, blocks, tmp_path):
 def test_title_names_the_model(tmp_path):
     plot = timm_dresnet.plot_arcs
     model = timm.create_model('test_dresnet', pretrained=True)
+    save_for_hf(model, tmp_path / 'run', safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "run"}')
     assert plot(model).get_suptitle().startswith('test_dresnet.c10: ')
     assert plot(model, name='mine').get_suptitle().startswith('mine: ')
-    save_for_hf(model, tmp_path / 'run', safe_serialization=True)
-    assert plot(timm.create_model(f'local-dir:{tmp_path / "run"}')).get_suptitle().startswith('run (test_dresnet): ')
-    model.reset_classifier(3)  # no longer the model of that tag
-    assert plot(model).get_suptitle().startswith('test_dresnet: ')
+    assert plot(loaded).get_suptitle().startswith('run (test_dresnet): ')
 
 
 def test_arcs_of_deep_networks_are_the_strongest():

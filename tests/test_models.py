@@ -187,14 +187,6 @@ def test_torchscript(name):
     assert_close(torch.jit.script(scriptable)(x), model(x))
 
 
-@pytest.mark.parametrize('name,output_stride', [
-    ('dresnet18', 8), ('dresnet50', 16), ('adaresnet18', 8), ('plainnet18', 16), ('dresnet20_cifar', 2)])
-def test_output_stride(name, output_stride):
-    model = create(name, output_stride=output_stride, features_only=True).eval()
-    assert model.feature_info.reduction()[-1] == output_stride
-    assert model(images())[-1].shape[-1] == 64 // output_stride
-
-
 @pytest.mark.parametrize('kwargs', [
     dict(drop_rate=0.1, drop_path_rate=0.1, drop_block_rate=0.1, act_layer='gelu', global_pool='catavgmax'),
     dict(stem_type='deep', stem_width=32, avg_down=True, replace_stem_pool=True),

@@ -12,6 +12,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import timm_dresnet
 from conftest import ROOT, rows
+from test_data import write_digits
 from timm_dresnet.folders import load_checkpoint, load_folder
 from train import validate
 from train.__main__ import main
@@ -90,17 +91,6 @@ def test_other_arguments(args, tmp_path):
     if '--pretrained' in args:  # tag and classes of the weights it started from are gone
         text = (folder / 'config.json').read_text()
         assert 'c10' not in text and 'airplane' not in text and '"label_names"' not in text
-
-
-def write_digits(folder, classes):
-    """Forty images of each class to train on, ten to validate."""
-    for split, count in (('train', 40), ('validation', 10)):
-        digits = Digits(split)
-        for name, digit in classes[split].items():
-            (folder / split / name).mkdir(parents=True)
-            for i in [i for i, (_, target) in enumerate(digits) if target == digit][:count]:
-                digits[i][0].save(folder / split / name / f'{i}.png')
-    return folder
 
 
 def test_the_same_command_again(tmp_path, caplog):
