@@ -13,8 +13,6 @@ from conftest import ROOT
 
 CREATE = "timm.create_model('test_dresnet', pretrained=True)"
 IS_OURS = "assert 'dresnet18' in timm.list_models(), 'not registered'"
-
-
 PIP = [sys.executable, '-m', 'pip', '--disable-pip-version-check']
 OPTIONS = ['--quiet', '--no-deps', '--no-build-isolation']
 

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 import test_resume
 from conftest import rows
 from test_resume import finish
-from train.__main__ import main
 
 RECIPE = ['--config', 'train/recipes/digits.yaml', '--device', 'cpu', '--model', 'test_dresnet', '--workers', '0',
           '--warmup-epochs', '0', '--deterministic']
@@ -38,11 +37,6 @@ def test_two_processes_train_as_one(tmp_path):
     expected, found = (rows(tmp_path / name / 'digits/summary.csv')[0] for name in '12')
     for key in ('train_loss', 'eval_loss'):
         assert float(found[key]) == pytest.approx(float(expected[key]), rel=1e-3)
-
-
-def test_synchronized_batch_norm_needs_cuda():
-    with pytest.raises(SystemExit, match='--sync-bn needs CUDA'):
-        main([*RECIPE, '--sync-bn'])
 
 
 @pytest.mark.slow

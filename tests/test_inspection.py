@@ -6,7 +6,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
-from timm.models import save_for_hf
 from timm.utils import ModelEmaV3
 
 import naive
@@ -189,16 +188,6 @@ def test_picture(plot, arch, keep, blocks, tmp_path):
     for x in (None, images()):
         check_labels(plot(model, tmp_path / 'connections.png', x), blocks)
     check_picture(tmp_path / 'connections.png')
-
-
-def test_title_names_the_model(tmp_path):
-    plot = timm_dresnet.plot_arcs
-    model = timm.create_model('test_dresnet', pretrained=True)
-    save_for_hf(model, tmp_path / 'run', safe_serialization=True)
-    loaded = timm.create_model(f'local-dir:{tmp_path / "run"}')
-    assert plot(model).get_suptitle().startswith('test_dresnet.c10: ')
-    assert plot(model, name='mine').get_suptitle().startswith('mine: ')
-    assert plot(loaded).get_suptitle().startswith('run (test_dresnet): ')
 
 
 def test_arcs_of_deep_networks_are_the_strongest():

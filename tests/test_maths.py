@@ -39,23 +39,6 @@ def assert_same_gradients(model, reference, output, expected):
             grad / scale, expected_grad / scale, rtol=1e-9, atol=1e-9, msg=lambda m: f'{name}: {m}')
 
 
-def check_dresnet(arch, gate, size, training, batch, layout, **kwargs):
-    model = create(arch, gate=gate, **kwargs).train(training)
-    reference = copy.deepcopy(model)
-    x = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    torch.manual_seed(3)  # for stochastic depth
-    output = model.to(memory_format=layout)(x.to(memory_format=layout))
-    torch.manual_seed(3)
-    expected, stats = naive.dresnet(reference, gate, x)
-    assert_same_gradients(model, reference, output, expected)
-    assert bool(stats) == training
-    norms = dict(zip(reference.modules(), model.modules()))
-    for norm, channels, mean, var in stats:
-        torch.testing.assert_close(norms[norm].running_mean[channels], mean)
-        torch.testing.assert_close(norms[norm].running_var[channels], var)
-        assert norms[norm].num_batches_tracked == 1
-
-
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize('arch,gate,size,layout,kwargs', [
     ('dresnet18', 'sigmoid', (65, 97), CONTIGUOUS, {}), ('dresnet18', 'linear', (64, 96), CHANNELS_LAST, {}),
@@ -71,7 +54,21 @@ def check_dresnet(arch, gate, size, training, batch, layout, **kwargs):
     pytest.param('dresnet18', 'sigmoid', (224, 224), CHANNELS_LAST, {}, marks=pytest.mark.slow),
 ], ids=str)
 def test_dresnet(arch, gate, size, layout, kwargs, training):
-    check_dresnet(arch, gate, size, training, 4 if size == (17, 23) else 2, layout, **kwargs)
+    model = create(arch, gate=gate, **kwargs).train(training)
+    reference = copy.deepcopy(model)
+    batch = 4 if size == (17, 23) else 2
+    x = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    torch.manual_seed(3)  # for stochastic depth
+    output = model.to(memory_format=layout)(x.to(memory_format=layout))
+    torch.manual_seed(3)
+    expected, stats = naive.dresnet(reference, gate, x)
+    assert_same_gradients(model, reference, output, expected)
+    assert bool(stats) == training
+    norms = dict(zip(reference.modules(), model.modules()))
+    for norm, channels, mean, var in stats:
+        torch.testing.assert_close(norms[norm].running_mean[channels], mean)
+        torch.testing.assert_close(norms[norm].running_var[channels], var)
+        assert norms[norm].num_batches_tracked == 1
 
 
 @pytest.mark.parametrize('arch,kwargs', [

@@ -119,10 +119,10 @@ def test_dtype_and_autocast(name):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(images().bfloat16()).dtype == torch.bfloat16
     model = create(name)
+    dtypes = set()
     gates = [m for m in model.modules() if type(m) in timm_dresnet.GATES.values()]
     for gate in gates:
         gate.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
-    dtypes = set()
     model, x = (value.to(memory_format=torch.channels_last) for value in (model, images()))
     with torch.autocast('cpu', torch.bfloat16):
         output = model(x)

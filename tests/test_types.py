@@ -22,14 +22,10 @@ assert_type(timm_dresnet.connections(model, images), List[Dict[str, Any]])
 assert_type(timm_dresnet.prune_connections(model, keep=0.5, images=images), List[Dict[str, Any]])
 assert_type(timm_dresnet.signal_propagation(model, images), Dict[str, List[Dict[str, Any]]])
 timm_dresnet.plot_connections(model, Path('map.png'), images)
-timm_dresnet.plot_arcs(model, 'arcs.png', images)
-timm_dresnet.plot_gates('gates.png')
 model.prune_connections([(5, 1)])
-print(timm_dresnet.__version__.upper(), list(timm_dresnet.GATES))
 
 timm_dresnet.prune_connections(model, keep='half')  # type: ignore[arg-type]
 timm_dresnet.connections('test_dresnet')  # type: ignore[arg-type]
-timm_dresnet.plot_arcs(model, 3)  # type: ignore[arg-type]
 timm_dresnet.no_such_function()  # type: ignore[attr-defined]
 model.prune_connections([5, 1])  # type: ignore[list-item]
 """
