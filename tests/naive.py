@@ -51,23 +51,27 @@ def connection(model, kind, names, i, k, y, stats):
     return gate_value(kind, here.gates[str(i)], k - 1) * x
 
 
+def block_inputs(model, kind, x, stats):
+    """The parts of each x_i: y_{i-1}, and what the connection from block k adds, by k. At the end y_n, and no more."""
+    names = [f'{stage}.{j}' for stage in model.stage_names for j in range(len(getattr(model, stage)))]
+    y = model.maxpool(model.act1(model.bn1(model.conv1(x))))
+    outputs = []
+    for i, name in enumerate(names, start=1):
+        terms = {k: connection(model, kind, names, i, k, outputs[k - 1], stats) for k in range(1, i - 1)}
+        expansions = model.connections[names[i - 2].split('.')[0]].expansions if terms else {}
+        if len(expansions):
+            terms = {k: F.conv2d(term, expansions[str(i)].weight) for k, term in terms.items()}
+        yield y, terms
+        y = model.get_submodule(name)(y + sum(terms.values()))
+        outputs.append(y)
+    yield y, {}
+
+
 def dresnet(model, kind, x):
     """Logits of a DResNet and the running statistics that its connections' norms should have afterwards."""
     stats = []
-    names = [f'{stage}.{j}' for stage in model.stage_names for j in range(len(getattr(model, stage)))]
-    x = model.maxpool(model.act1(model.bn1(model.conv1(x))))
-    outputs = []
-    for i, name in enumerate(names, start=1):
-        total = None
-        for k in range(1, i - 1):
-            term = connection(model, kind, names, i, k, outputs[k - 1], stats)
-            total = term if total is None else total + term
-        if total is not None:
-            expansions = model.connections[names[i - 2].split('.')[0]].expansions
-            x = x + (F.conv2d(total, expansions[str(i)].weight) if len(expansions) else total)
-        x = model.get_submodule(name)(x)
-        outputs.append(x)
-    return model.fc(x.mean((2, 3))), stats
+    *_, (y, _) = block_inputs(model, kind, x, stats)
+    return model.fc(y.mean((2, 3))), stats
 
 
 def adaresnet(model, x):

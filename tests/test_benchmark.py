@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn as nn
 
+from test_maths import randomize
 from train import benchmark
 from train.benchmark import TrainingStep, count_multiply_adds, prepare_for_inference
 
@@ -52,10 +53,7 @@ def test_report(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('name,what', [('test_dresnet', 'fused'), ('test_resnet', 'norms folded'), ('test_vit', None)])
 def test_prepare_for_inference(name, what):
     model = timm.create_model(name).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                nn.init.uniform_(tensor, 0.5, 1.5)
+    randomize(model)
     prepared = prepare_for_inference(model)
     assert (prepared and prepared[0]) == what
     if prepared:

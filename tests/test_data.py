@@ -225,13 +225,13 @@ def test_small_data_sets_are_not_cut(tmp_path, images, sizes):
 
 def test_order_of_classes(tmp_path):
     """It does not depend on the order of a set, which differs between processes."""
-    for name in ('1', '01', '001', 'A', 'a', 'b', '10', '2'):
+    for name in ('1', '01', '001', '0001', '00001', 'A', 'a', 'b', '10', '2'):
         (tmp_path / 'train' / name).mkdir(parents=True)
         Image.new('RGB', (8, 8)).save(tmp_path / f'train/{name}/x.png')
     dataset = open_dataset(arguments('--data-dir', tmp_path), True, 3)
-    names = ['001', '01', '1', '2', '10', 'A', 'a', 'b']
+    names = ['00001', '0001', '001', '01', '1', '2', '10', 'A', 'a', 'b']
     assert class_names(dataset) == names
-    assert [dataset.dataset.filename(i) for i in range(8)] == [f'{names[dataset[i][1]]}/x.png' for i in range(8)]
+    assert [dataset.dataset.filename(i) for i in range(10)] == [f'{names[dataset[i][1]]}/x.png' for i in range(10)]
 
 
 def test_images_of_phones_and_of_other_formats(tmp_path, caplog):
