@@ -128,6 +128,15 @@ def test_other_classes_than_before(tmp_path, capsys, caplog):
         train(tmp_path, *args)
 
 
+@pytest.mark.parametrize('args,words', [
+    ([], 'This CPU trains faster in bfloat16'), (['--amp', '--amp-dtype', 'bfloat16'], 'Training test_adaresnet')])
+def test_bfloat16_is_named_on_cpus_that_have_it(args, words, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr('train.run.computes_bfloat16', lambda: True)
+    with caplog.at_level(logging.INFO, 'train'):
+        train(tmp_path, '--model', 'test_adaresnet', *args)
+    assert [record.message for record in caplog.records][0].startswith(words)
+
+
 def test_images_of_four_channels(tmp_path):
     folder = write_digits(tmp_path, {split: dict(a=1, b=2) for split in ('train', 'validation')})
     output = train(tmp_path, '--model', 'test_resnet', '--dataset', '', '--data-dir', folder, '--in-chans', 4,
