@@ -44,11 +44,9 @@ class PlainNet(ResNet):
     ) -> None:
         """
         Args:
-            block: Block class of all stages, or one for each.
-            layers: Number of blocks in each stage.
+            block, layers, **kwargs: As for `ResNet`.
             drop_path_rate: Must be 0.
             zero_init_last: Must be False.
-            **kwargs: All other arguments of `ResNet`.
 
         Raises:
             ValueError: If an argument is not one of the choices, or asks for a shortcut.
