@@ -17,16 +17,10 @@ __all__ = ['atomic_folder', 'load_checkpoint', 'load_folder', 'replace']
 
 
 def load_folder(path: Path) -> nn.Module:
-    """Load a model as `timm.create_model('local-dir:...', pretrained=True)` does, from `config.json` and safetensors.
+    """Load a model as `timm.create_model('local-dir:...', pretrained=True)` does, in eval mode.
 
-    The shapes that the header of the weights lists must fit the model that `config.json` describes before any memory is
-    taken, and no other file is read.
-
-    Args:
-        path: The folder.
-
-    Returns:
-        The model, in eval mode.
+    Only `config.json` and `model.safetensors` are read. The shapes that the header of the weights lists must fit the
+    model that `config.json` describes before any memory is taken.
 
     Raises:
         ValueError: If it does not hold a model, or one of its files is damaged.
@@ -65,13 +59,10 @@ def load_folder(path: Path) -> nn.Module:
 
 
 def load_checkpoint(path: Path) -> nn.Module:
-    """Load a model from a checkpoint of `python -m train` or timm's train.py: the moving average, if there is one.
+    """Load a model from a checkpoint of `python -m train` or timm's train.py, in eval mode.
 
-    Args:
-        path: The file, which also holds the arguments of the run.
-
-    Returns:
-        The model, in eval mode, whose `pretrained_cfg` has the preprocessing and, if they are known, the class names.
+    Its weights are the moving average, if there is one. From the arguments of the run, which the file holds too, its
+    `pretrained_cfg` has the preprocessing and, if they are known, the class names.
 
     Raises:
         ValueError: If it is not such a file, or does not fit its model.

@@ -44,12 +44,7 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
 
 
 class Classifier:
-    """A model with its preprocessing and the names of its classes.
-
-    Attributes:
-        model: The model.
-        labels: Names of its classes.
-    """
+    """A model with its preprocessing and the names of its classes, `labels`."""
 
     def __init__(self, model: nn.Module) -> None:
         """
