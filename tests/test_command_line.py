@@ -131,6 +131,7 @@ def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
     (['prune', 'test_adaresnet', 'out', '--keep', '0.5'], ['test_adaresnet is not a DResNet']),
     (['fuse', 'test_dresnet', '/proc/nowhere/fused'], ['/proc/nowhere/fused', 'cannot be written']),
     (['fuse', 'test_dresnet', 'photos'], ['photos', 'not an empty folder']),
+    (['fuse', 'test_dresnet', '.'], ['. exists and is not an empty folder']),
     (['connections', 'test_dresnet', '--images', 'photos'], ['no images in photos']),
     (['connections', 'test_dresnet', '--images', 'photos/kept'], ['no image to measure on']),
     (['connections', 'resnet18'], ['resnet18 is not a DResNet or AdaResNet']),

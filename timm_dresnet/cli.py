@@ -364,8 +364,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     """
     args = create_parser().parse_args(argv)
     try:
-        folder = Path(getattr(args, 'folder', ''))
-        if folder.name and folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not args.force):
+        folder = Path(args.folder) if 'folder' in args else None
+        if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not args.force):
             raise ValueError(f'{folder} exists and is not an empty folder: give another name, or --force.')
         status = args.function(args) or 0
         sys.stdout.flush()
