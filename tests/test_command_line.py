@@ -138,6 +138,7 @@ def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
     (['connections', 'adaresnet'], ['adaresnet', 'without weights']),
     (['connections', 'photos/kept'], ['photos/kept is not a checkpoint of python -m train']),
     (['signal', 'resnet20_cifar'], ['resnet20_cifar', 'without weights']),
+    (['signal', '--untrained', 'photos'], ['photos has weights']),
     (['export', 'test_dresnet', 'out', '--format', 'onnx', '--int8'], ['--int8', '--images']),
 ], ids=' '.join)
 def test_what_cannot_be_done(run, tmp_path, args, words):

@@ -36,12 +36,14 @@ def load(name: str, pretrained: bool = True, families: Sequence[str] = ()) -> nn
 
     Args:
         name: Folder, checkpoint of a run, `hf-hub:owner/name`, or model with or without a tag.
-        pretrained: Whether a model of the registry has its weights.
+        pretrained: Whether it has its weights. A folder, a checkpoint or a model of the Hub always has.
         families: Names of classes that it must be of.
 
     Raises:
         ValueError: If there is no such model, or its weights cannot be loaded.
     """
+    if not pretrained and (Path(name).exists() or ':' in name):
+        raise ValueError(f'{name} has weights: for an untrained model, give a name that timm.create_model takes.')
     if Path(name).is_dir():
         return load_folder(Path(name))
     if Path(name).is_file():
@@ -61,7 +63,7 @@ def load(name: str, pretrained: bool = True, families: Sequence[str] = ()) -> nn
             raise ValueError(
                 f'{architecture} comes without weights: train it, and give the folder of the run.')
     try:
-        return timm.create_model(name, pretrained=pretrained or ':' in name).eval()
+        return timm.create_model(name, pretrained=pretrained).eval()
     except Exception as e:  # whatever a damaged file, timm, or the network raises
         raise ValueError(f'{name} cannot be loaded: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
 
