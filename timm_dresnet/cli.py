@@ -52,13 +52,13 @@ def load(name: str, pretrained: bool = True, families: Sequence[str] = ()) -> nn
         architecture, _, tag = name.partition('.')
         if not timm.is_model(architecture):
             near = difflib.get_close_matches(architecture, list_models())
-            hint = f'Did you mean {" or ".join(near)}?' if near else 'timm-dresnet list shows all.'
+            hint = f'Did you mean {" or ".join(near)}?' if near else 'timm.list_models() lists all.'
             raise ValueError(f'There is no folder and no model {name}. {hint}')
         module = timm.models.model_entrypoint(architecture).__module__
         if families and module not in [f'timm_dresnet.{family.lower()}' for family in (*families, 'growing')]:
             raise ValueError(f'{name} is not a {" or ".join(families)}, and so has no learned connections.')
         if tag and name not in timm.list_pretrained(f'{architecture}.*'):
-            raise ValueError(f'{architecture} has no weights {tag!r}: timm-dresnet list {architecture}* shows all.')
+            raise ValueError(f"{architecture} has no weights {tag!r}: timm.list_pretrained('{architecture}.*') lists all.")
         if pretrained and not tag and not timm.models.is_model_pretrained(architecture):
             raise ValueError(
                 f'{architecture} comes without weights: train it, and give the folder of the run.')
