@@ -180,8 +180,7 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
     input_size = timm.data.resolve_model_data_config(model)['input_size']
     size = 'x'.join(map(str, input_size[1:]))
     title = name.split('/')[-1]
-    families = ('DResNet', 'AdaResNet', 'PlainNet')
-    family = next((family for family in families if isinstance(model, getattr(timm_dresnet, family))), 'ResNet')
+    family = type(model).__name__
     split = run.args.get('val_split', 'validation')
     metrics = run.metrics(size)
     eval_results = metrics and [

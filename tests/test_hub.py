@@ -147,6 +147,13 @@ def test_card_of_a_run(alice, push, digits_folder, capsys):
         '.gitattributes', 'README.md', 'config.json', 'model.safetensors', 'notes.md'}
 
 
+def test_card_of_another_model(tmp_path):
+    save_for_hf(timm.create_model('test_vit'), tmp_path / 'run', safe_serialization=True)
+    (tmp_path / 'new').mkdir()
+    build(Upload(tmp_path / 'run', 'alice/vit'), tmp_path / 'new')
+    assert ModelCard.load(tmp_path / 'new/README.md').data.tags[-1] == 'visiontransformer'
+
+
 def test_card_of_the_author(alice, push, folder):
     (folder / 'README.md').write_text('---\nlibrary_name: timm\n---\n# Mine\n')
     assert not push(folder=folder)[1]
