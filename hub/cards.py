@@ -60,7 +60,10 @@ class Run:
         """
         run = cls(dataset_id=dataset_id, note=note)
         if (folder / 'args.yaml').exists():
-            run.args = _without_paths(yaml.safe_load((folder / 'args.yaml').read_text()))
+            args = yaml.safe_load((folder / 'args.yaml').read_text())
+            if not isinstance(args, dict):
+                raise ValueError(f'{folder}/args.yaml holds no arguments: repair or remove the file.')
+            run.args = _without_paths(args)
         for name, rows, columns in (
                 ('summary.csv', run.epochs, {'eval_loss', 'eval_top1', 'eval_top5'}),
                 ('validation.csv', run.validation, {'model', 'size', 'loss', 'top1', 'top5'}),

@@ -230,6 +230,7 @@ def test_faults_that_stay(alice, push, fault, message, commits):
     (shutil.rmtree, 'holds no config.json'),
     (lambda folder: (folder / 'model.safetensors').unlink(), 'holds no model.safetensors'),
     (lambda folder: (folder / 'args.yaml').write_text('a: [1'), 'while parsing'),
+    (lambda folder: (folder / 'args.yaml').write_text(''), 'args.yaml holds no arguments'),
     (lambda folder: (folder / 'validation.csv').write_text('model,size,loss,top1,top5\nother,1x1,1,50,60\n'),
      'validation.csv has no row for'),
     (lambda folder: (folder / 'summary.csv').write_text('epoch,eval_top1\n0,50\n'),
