@@ -107,11 +107,7 @@ class Run:
         return ' '.join(f'--{key.replace("_", "-")} {shlex.quote(str(value))}' for key, value in given.items())
 
     def metrics(self, size: str) -> Optional[Dict[str, float]]:
-        """Accuracy and loss as measured by `train.validate`, or else after the last epoch.
-
-        Args:
-            size: Height and width of the images, such as '32x32'.
-        """
+        """Accuracy and loss on images of this size ('32x32'), from `train.validate` or else after the last epoch."""
         if rows := [row for row in self.validation if row['size'] == size]:
             return {key: float(rows[-1][key]) for key in ('top1', 'top5', 'loss')}
         if self.epochs and self.epochs[-1].get('eval_top1'):

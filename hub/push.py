@@ -107,11 +107,6 @@ def push(
 ) -> None:
     """Push a folder that `build` has written, load the model back, and compare logits.
 
-    Args:
-        private: Make a new repository private.
-        revision: Branch. Main if None.
-        create_pr: Open a pull request.
-
     Raises:
         HTTPError: If the Hub cannot be reached.
         OSError: If the Hub refuses, or the model cannot be loaded back.

@@ -24,7 +24,7 @@ from timm.utils import reparameterize_model
 
 import timm_dresnet
 
-from .folders import atomic_folder, load_checkpoint, load_folder
+from .folders import atomic_folder, first_line, load_checkpoint, load_folder
 from .images import Classifier, find_images
 
 _MAX_MEASURED = 128  # images to measure on, in one batch
@@ -65,7 +65,7 @@ def load(name: str, pretrained: bool = True, families: Sequence[str] = ()) -> nn
     try:
         return timm.create_model(name, pretrained=pretrained).eval()
     except Exception as e:  # whatever a damaged file, timm, or the network raises
-        raise ValueError(f'{name} cannot be loaded: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
+        raise ValueError(f'{name} cannot be loaded: {first_line(e)}') from e
 
 
 def _print_table(rows: Sequence[Dict[str, Any]]) -> None:
@@ -147,10 +147,10 @@ def connections_command(args: argparse.Namespace) -> None:
     model = load(args.model, families=('DResNet', 'AdaResNet'))
     images = Classifier(model).read_sample(args.images, _MAX_MEASURED) if args.images else None
     records = timm_dresnet.connections(model, images)
-    for name, plot in ((args.out, timm_dresnet.plot_connections), (args.arcs, timm_dresnet.plot_arcs)):
-        if name:
-            with _picture(name) as path:
-                plot(model, path, images)
+    for path, plot in ((args.out, timm_dresnet.plot_connections), (args.arcs, timm_dresnet.plot_arcs)):
+        if path:
+            with _picture(path) as new:
+                plot(model, new, images)
     if args.json:
         print(json.dumps(records, indent=2))
         return
@@ -172,8 +172,8 @@ def signal_command(args: argparse.Namespace) -> None:
             images = torch.randn(16, *size, generator=torch.Generator().manual_seed(0))
         signals[name] = timm_dresnet.signal_propagation(model.train(args.untrained), images)
     if args.out:
-        with _picture(args.out) as path:
-            timm_dresnet.plot_signal_propagation(signals, path)
+        with _picture(args.out) as new:
+            timm_dresnet.plot_signal_propagation(signals, new)
     if args.json:
         print(json.dumps(signals, indent=2))
         return
@@ -191,11 +191,11 @@ def fuse_command(args: argparse.Namespace) -> None:
     fused = reparameterize_model(model)
     if fused.state_dict().keys() == model.state_dict().keys():
         raise ValueError(f'{args.model} has nothing that can be fused.')
-    _write_model(fused, args)
+    _write_model(fused, args.folder)
 
 
 def grow_command(args: argparse.Namespace) -> None:
-    _write_model(timm_dresnet.grow(load(args.model), args.kind), args)
+    _write_model(timm_dresnet.grow(load(args.model), args.kind), args.folder)
 
 
 def prune_command(args: argparse.Namespace) -> None:
@@ -205,7 +205,7 @@ def prune_command(args: argparse.Namespace) -> None:
         model, min_gate=args.min_gate, min_effect=args.min_effect, keep=args.keep, images=images)
     count = len(removed) + len(model.connection_pairs())
     print(f'Removed {len(removed)} of {count} connections.', file=sys.stderr)
-    _write_model(model, args)
+    _write_model(model, args.folder)
 
 
 def export_command(args: argparse.Namespace) -> None:
@@ -213,7 +213,7 @@ def export_command(args: argparse.Namespace) -> None:
         raise ValueError('--int8 needs --format onnx, and --images to measure the ranges of activations on.')
     model = load(args.model)
     if args.format == 'safetensors':
-        return _write_model(model, args)
+        return _write_model(model, args.folder)
     needed = ('onnx', 'onnxscript', 'onnxruntime') if args.int8 else ('onnx', 'onnxscript')
     if missing := [name for name in needed if find_spec(name) is None]:
         raise ValueError(f'ONNX needs what is not installed, try: pip install {" ".join(missing)}')
@@ -222,7 +222,7 @@ def export_command(args: argparse.Namespace) -> None:
     logging.getLogger('onnxscript.optimizer').setLevel(logging.ERROR)  # it warns of each constant that it leaves
     images = Classifier(model).read_sample(args.images, _MAX_MEASURED) if args.int8 else None
     fused = reparameterize_model(model)
-    with _model_folder(args) as folder:
+    with _model_folder(args.folder) as folder:
         save_config_for_hf(model, str(folder / 'config.json'))
         onnx_export(
             fused, str(folder / 'model.onnx'), input_size=resolve_model_data_config(model)['input_size'], batch_size=2,
@@ -250,25 +250,23 @@ def _written(path: Path, folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _picture(name: str) -> Iterator[Path]:
+def _picture(path: Path) -> Iterator[Path]:
     if find_spec('matplotlib') is None:
         raise ValueError('Pictures need what is not installed, try: pip install matplotlib')
-    path = Path(name)
     with _written(path, path.parent) as new:
         yield new / path.name
     print(f'Wrote {path}', file=sys.stderr)
 
 
 @contextmanager
-def _model_folder(args: argparse.Namespace) -> Iterator[Path]:
-    path = Path(args.folder)
+def _model_folder(path: Path) -> Iterator[Path]:
     with _written(path, path) as new:
         yield new
     print(f'Wrote {path}, {sum(f.stat().st_size for f in path.iterdir()) / 1e6:.1f} MB', file=sys.stderr)
 
 
-def _write_model(model: nn.Module, args: argparse.Namespace) -> None:
-    with _model_folder(args) as folder:
+def _write_model(model: nn.Module, path: Path) -> None:
+    with _model_folder(path) as folder:
         save_for_hf(model, str(folder), safe_serialization=True)
 
 
@@ -295,7 +293,7 @@ def create_parser() -> argparse.ArgumentParser:
         command.set_defaults(function=function, command=name)
         if writes:
             command.add_argument('model', metavar='MODEL', help='model to start from')
-            command.add_argument('folder', metavar='FOLDER', help='folder to write')
+            command.add_argument('folder', type=Path, metavar='FOLDER', help='folder to write')
             command.add_argument('--force', action='store_true', help='write into a folder that is not empty')
         else:
             command.add_argument('--json', action='store_true', help='print JSON')
@@ -320,8 +318,8 @@ def create_parser() -> argparse.ArgumentParser:
     command = add('connections', connections_command, 'show the learned connections of a model',
                   'test_dresnet', 'output/digits --out map.png --arcs arcs.png --images photos/')
     command.add_argument('model', metavar='MODEL', help='a DResNet or AdaResNet')
-    command.add_argument('--out', metavar='FILE', help='draw them as a map of targets and sources')
-    command.add_argument('--arcs', metavar='FILE', help='draw them as arcs over the blocks')
+    command.add_argument('--out', type=Path, metavar='FILE', help='draw them as a map of targets and sources')
+    command.add_argument('--arcs', type=Path, metavar='FILE', help='draw them as arcs over the blocks')
     add_images(command, 'measure what comes through each on images')
 
     command = add('signal', signal_command, 'show how activations and gradients get through networks',
@@ -329,7 +327,7 @@ def create_parser() -> argparse.ArgumentParser:
                   'output/digits --images photos/')
     command.add_argument('models', nargs='+', metavar='MODEL', help='networks to compare')
     command.add_argument('--untrained', action='store_true', help='as they are before training, from a seed of 0')
-    command.add_argument('--out', metavar='FILE', help='draw it, side by side')
+    command.add_argument('--out', type=Path, metavar='FILE', help='draw it, side by side')
     add_images(command, 'measure on images instead of noise')
 
     add('fuse', fuse_command, 'fold norms, gates and the skip weights of projections into plain convolutions',
@@ -366,7 +364,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     """
     args = create_parser().parse_args(argv)
     try:
-        folder = Path(args.folder) if 'folder' in args else None
+        folder = getattr(args, 'folder', None)
         if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not args.force):
             raise ValueError(f'{folder} exists and is not an empty folder: give another name, or --force.')
         status = args.function(args) or 0

@@ -13,7 +13,7 @@ from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-__all__ = ['atomic_folder', 'load_checkpoint', 'load_folder', 'replace']
+__all__ = ['atomic_folder', 'first_line', 'load_checkpoint', 'load_folder', 'replace']
 
 
 def load_folder(path: Path) -> nn.Module:
@@ -36,7 +36,7 @@ def load_folder(path: Path) -> nn.Module:
             described = timm.create_model(f'local-dir:{path}')
         shapes = {key: list(tensor.shape) for key, tensor in described.state_dict().items()}
     except Exception as e:  # whatever a wrong config makes timm and the model raise
-        raise ValueError(f'{config} does not describe a model: {_first_line(e)}') from e
+        raise ValueError(f'{config} does not describe a model: {first_line(e)}') from e
     if described.num_classes != described.pretrained_cfg['num_classes']:  # timm would replace the classifier
         raise ValueError(f'{config} is damaged: its num_classes and that of its model_args differ.')
     try:
@@ -51,7 +51,7 @@ def load_folder(path: Path) -> nn.Module:
     try:
         model = timm.create_model(f'local-dir:{path}', pretrained=True).eval()
     except Exception as e:  # whatever weights that do not fit make timm raise
-        raise ValueError(f'{path} holds no model that timm can load: {_first_line(e)}') from e
+        raise ValueError(f'{path} holds no model that timm can load: {first_line(e)}') from e
     for key, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f'{key} in {weights} is not finite: the weights are damaged, or the training diverged.')
@@ -83,14 +83,15 @@ def load_checkpoint(path: Path) -> nn.Module:
         timm.models.load_checkpoint(model, str(path))
     except Exception as e:  # whatever other files, and weights that do not fit, make torch and timm raise
         raise ValueError(
-            f"{path} is not a checkpoint of python -m train or of timm's train.py: {_first_line(e)}") from e
+            f"{path} is not a checkpoint of python -m train or of timm's train.py: {first_line(e)}") from e
     model.pretrained_cfg.update(resolve_data_config(args, model=model), num_classes=model.num_classes)
     if classes:
         model.pretrained_cfg['label_names'] = classes
     return model.eval()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception says in its first line, or else its name."""
     return (str(error).splitlines() or [type(error).__name__])[0][:500]
 
 

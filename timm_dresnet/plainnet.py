@@ -52,8 +52,8 @@ class PlainNet(ResNet):
             ValueError: If an argument is not one of the choices, or asks for a shortcut.
         """
         if drop_path_rate:
-            raise ValueError(f'drop_path_rate must be 0, got {drop_path_rate}: without a shortcut, nothing passes a '
-                             f'dropped block.')
+            raise ValueError(
+                f'drop_path_rate must be 0, got {drop_path_rate}: without a shortcut, nothing passes a dropped block.')
         if zero_init_last:
             raise ValueError('zero_init_last must be False: without a shortcut, every block would put out 0 forever.')
         super().__init__(block, layers, zero_init_last=False, **kwargs)

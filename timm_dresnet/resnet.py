@@ -55,11 +55,7 @@ class BasicBlock(resnet.BasicBlock):
 
 
 class ResNet(resnet.ResNet):
-    """timm's ResNet with a stem for small images, and three or four stages.
-
-    Subclasses override `forward_stage`, which runs one stage, and `forward_context`, which makes what one forward pass
-    hands from stage to stage beside the features.
-    """
+    """timm's ResNet with a stem for small images, and three or four stages."""
     __jit_unused_properties__ = ['fused', '_model_args']
 
     def __init__(
@@ -174,7 +170,7 @@ class ResNet(resnet.ResNet):
         return super().train(mode)
 
     def forward_context(self) -> Any:
-        """Make what one forward pass hands from stage to stage beside the features."""
+        """Make what one forward pass hands from stage to stage beside the features, for subclasses."""
         return None
 
     def forward_stage(self, stage: nn.Module, x: torch.Tensor, context: Any) -> torch.Tensor:
