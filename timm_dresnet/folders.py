@@ -69,7 +69,7 @@ def load_checkpoint(path: Path) -> nn.Module:
     """
     try:
         checkpoint = load_checkpoint_metadata(path)
-        args, classes = vars(checkpoint['args']), checkpoint.get('task_state', {}).get('classes')
+        args, state = vars(checkpoint['args']), checkpoint.get('task_state', {})
         name = args['model']
         if args.get('pretrained') and (cfg := get_pretrained_cfg(name)):  # whose classes the model may have
             name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else name
@@ -80,13 +80,15 @@ def load_checkpoint(path: Path) -> nn.Module:
             global_pool=args.get('gp'),
             **args.get('model_kwargs') or {},
         )
+        if state.get('pruned'):
+            model.prune_connections(state['pruned'])
         timm.models.load_checkpoint(model, str(path))
     except Exception as e:  # whatever other files, and weights that do not fit, make torch and timm raise
         raise ValueError(
             f"{path} is not a checkpoint of python -m train or of timm's train.py: {first_line(e)}") from e
     model.pretrained_cfg.update(resolve_data_config(args, model=model), num_classes=model.num_classes)
-    if classes:
-        model.pretrained_cfg['label_names'] = classes
+    if state.get('classes'):
+        model.pretrained_cfg['label_names'] = state['classes']
     return model.eval()
 
 
