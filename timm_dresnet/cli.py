@@ -58,10 +58,10 @@ def load(name: str, pretrained: bool = True, families: Sequence[str] = ()) -> nn
         if families and module not in [f'timm_dresnet.{family.lower()}' for family in (*families, 'growing')]:
             raise ValueError(f'{name} is not a {" or ".join(families)}, and so has no learned connections.')
         if tag and name not in timm.list_pretrained(f'{architecture}.*'):
-            raise ValueError(f"{architecture} has no weights {tag!r}: timm.list_pretrained('{architecture}.*') lists all.")
-        if pretrained and not tag and not timm.models.is_model_pretrained(architecture):
             raise ValueError(
-                f'{architecture} comes without weights: train it, and give the folder of the run.')
+                f"{architecture} has no weights {tag!r}: timm.list_pretrained('{architecture}.*') lists all.")
+        if pretrained and not tag and not timm.models.is_model_pretrained(architecture):
+            raise ValueError(f'{architecture} comes without weights: train it, and give the folder of the run.')
     try:
         return timm.create_model(name, pretrained=pretrained).eval()
     except Exception as e:  # whatever a damaged file, timm, or the network raises
@@ -91,7 +91,7 @@ def list_command(args: argparse.Namespace) -> None:
             continue
         tags = timm.list_pretrained(f'{name}.*')
         parameters: Dict[int, int] = {}  # by number of classes
-        for tag in tags or ([] if args.pretrained else [name]):
+        for tag in tags or [name]:
             if not fnmatch.fnmatch(tag, args.filter) and not fnmatch.fnmatch(name, args.filter):
                 continue
             cfg: Any = get_pretrained_cfg(tag)
@@ -305,9 +305,8 @@ def create_parser() -> argparse.ArgumentParser:
             help=f'{help}: files or folders; {_MAX_MEASURED} of them, evenly spread')
 
     command = add('list', list_command, 'list the models of this package and their weights',
-                  '', "'dresnet18*'", '--pretrained --json')
+                  '', "'dresnet18*'", '--json')
     command.add_argument('filter', nargs='?', default='*', help='names to list, with * and ?')
-    command.add_argument('--pretrained', action='store_true', help='only those with weights')
 
     command = add('classify', classify_command, 'say what images show, a line for each',
                   'cat.jpg --model resnet18', 'photos/ --model output/flowers --json')

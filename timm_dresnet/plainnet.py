@@ -3,7 +3,7 @@
 Papers:
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
 """
-from typing import Optional, Tuple, Type, Union
+from typing import Any, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -17,14 +17,7 @@ __all__ = ['PlainNet']  # the model registry adds each entry point to this
 class PlainBlock(BasicBlock):
     """Basic block without its shortcut: `y = act(branch(x))`."""
 
-    def __init__(
-            self,
-            inplanes: int,
-            planes: int,
-            stride: int = 1,
-            downsample: Optional[nn.Module] = None,
-            **kwargs,
-    ) -> None:
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: Any = None, **kwargs) -> None:
         super().__init__(inplanes, planes, stride, downsample=None, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
