@@ -14,8 +14,7 @@ def _register() -> None:
     try:
         import timm_dresnet  # noqa: F401
     except Exception as e:
-        message = f'timm-dresnet could not register its models with timm: {type(e).__name__}: {e}'
-        warnings.warn(message)
+        warnings.warn(f'timm-dresnet could not register its models with timm: {type(e).__name__}: {e}')
 
 
 class _AfterTimmModels:
