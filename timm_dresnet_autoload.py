@@ -14,7 +14,8 @@ def _register() -> None:
     try:
         import timm_dresnet  # noqa: F401
     except Exception as e:
-        warnings.warn(f'timm-dresnet could not register its models with timm: {type(e).__name__}: {e}')
+        message = f'timm-dresnet could not register its models with timm: {type(e).__name__}: {e}'
+        warnings.warn(message)  # whose line of code is printed too, and would say it twice
 
 
 class _AfterTimmModels:
