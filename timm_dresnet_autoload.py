@@ -15,7 +15,7 @@ def _register() -> None:
         import timm_dresnet  # noqa: F401
     except Exception as e:
         message = f'timm-dresnet could not register its models with timm: {type(e).__name__}: {e}'
-        warnings.warn(message)
+        warnings.warn(message)  # whose line of code is printed too, and would say it twice
 
 
 class _AfterTimmModels:

@@ -60,7 +60,10 @@ class Run:
         """
         run = cls(dataset_id=dataset_id, note=note)
         if (folder / 'args.yaml').exists():
-            run.args = _without_paths(yaml.safe_load((folder / 'args.yaml').read_text()))
+            args = yaml.safe_load((folder / 'args.yaml').read_text())
+            if not isinstance(args, dict):
+                raise ValueError(f'{folder}/args.yaml holds no arguments: repair or remove the file.')
+            run.args = _without_paths(args)
         for name, rows, columns in (
                 ('summary.csv', run.epochs, {'eval_loss', 'eval_top1', 'eval_top5'}),
                 ('validation.csv', run.validation, {'model', 'size', 'loss', 'top1', 'top5'}),
@@ -104,11 +107,7 @@ class Run:
         return ' '.join(f'--{key.replace("_", "-")} {shlex.quote(str(value))}' for key, value in given.items())
 
     def metrics(self, size: str) -> Optional[Dict[str, float]]:
-        """Accuracy and loss as measured by `train.validate`, or else after the last epoch.
-
-        Args:
-            size: Height and width of the images, such as '32x32'.
-        """
+        """Accuracy and loss on images of this size ('32x32'), from `train.validate` or else after the last epoch."""
         if rows := [row for row in self.validation if row['size'] == size]:
             return {key: float(rows[-1][key]) for key in ('top1', 'top5', 'loss')}
         if self.epochs and self.epochs[-1].get('eval_top1'):
@@ -180,8 +179,7 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
     input_size = timm.data.resolve_model_data_config(model)['input_size']
     size = 'x'.join(map(str, input_size[1:]))
     title = name.split('/')[-1]
-    families = ('DResNet', 'AdaResNet', 'PlainNet')
-    family = next((family for family in families if isinstance(model, getattr(timm_dresnet, family))), 'ResNet')
+    family = type(model).__name__
     split = run.args.get('val_split', 'validation')
     metrics = run.metrics(size)
     eval_results = metrics and [

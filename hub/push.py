@@ -66,7 +66,10 @@ def build(upload: Upload, folder: Path) -> nn.Module:
     if upload.model:
         save_for_hf(timm.create_model(upload.model, pretrained=True), folder, safe_serialization=True)
     model = load_folder(folder if upload.model else upload.folder)
-    _drop_num_classes(folder / 'config.json')
+    # timm 1.0.31 writes num_classes twice, and transformers 5.23 passes both to one function
+    config = json.loads((folder / 'config.json').read_text())
+    config.get('model_args', {}).pop('num_classes', None)
+    (folder / 'config.json').write_text(json.dumps(config, indent=2))
     if model.num_classes == 0:
         raise ValueError(f'the model in {upload.folder} has no classifier (num_classes=0): push it with one.')
     if (folder / 'README.md').exists():  # the author's own card
@@ -80,15 +83,6 @@ def build(upload: Upload, folder: Path) -> nn.Module:
     card = model_card(model, run, f'hf-hub:{upload.repo_id}', files, license)
     card.save(folder / 'README.md')
     return model
-
-
-def _drop_num_classes(path: Path) -> None:
-    # timm 1.0.31 writes it twice, and transformers 5.23 passes both to one function
-    config = json.loads(path.read_text())
-    model_args = config.get('model_args', {})
-    if 'num_classes' in model_args and model_args['num_classes'] == config.get('num_classes'):
-        del model_args['num_classes']
-        path.write_text(json.dumps(config, indent=2))
 
 
 @torch.inference_mode()
@@ -106,11 +100,6 @@ def push(
         create_pr: bool = False,
 ) -> None:
     """Push a folder that `build` has written, load the model back, and compare logits.
-
-    Args:
-        private: Make a new repository private.
-        revision: Branch. Main if None.
-        create_pr: Open a pull request.
 
     Raises:
         HTTPError: If the Hub cannot be reached.

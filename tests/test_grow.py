@@ -96,7 +96,7 @@ def test_every_resnet_of_timm(name):
 ], ids=str)
 def test_grown_is_a_model_of_timm(kind, kwargs, tmp_path):
     """Trained, pruned, saved, loaded, fused, and taken as a backbone."""
-    resnet = timm.create_model('resnet10t', num_classes=5, in_chans=1)
+    resnet = timm.create_model('resnet10t', num_classes=5, in_chans=1, act_layer='silu')
     names = list('abcde')
     resnet.pretrained_cfg.update(num_classes=5, label_names=names)
     model = timm_dresnet.grow(resnet, kind, **kwargs).train()

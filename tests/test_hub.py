@@ -143,6 +143,13 @@ def test_card_of_a_run(alice, push, digits_folder, capsys):
         '.gitattributes', 'README.md', 'config.json', 'model.safetensors', 'notes.md'}
 
 
+def test_card_of_another_model(tmp_path):
+    save_for_hf(timm.create_model('test_vit'), tmp_path / 'run', safe_serialization=True)
+    (tmp_path / 'new').mkdir()
+    build(Upload(tmp_path / 'run', 'alice/vit'), tmp_path / 'new')
+    assert ModelCard.load(tmp_path / 'new/README.md').data.tags[-1] == 'visiontransformer'
+
+
 def test_card_of_the_author(alice, push, folder):
     (folder / 'README.md').write_text('---\nlibrary_name: timm\n---\n# Mine\n')
     assert not push(folder=folder)[1]
@@ -219,6 +226,7 @@ def test_faults_that_stay(alice, push, fault, message, commits):
     (shutil.rmtree, 'holds no config.json'),
     (lambda folder: (folder / 'model.safetensors').unlink(), 'holds no model.safetensors'),
     (lambda folder: (folder / 'args.yaml').write_text('a: [1'), 'while parsing'),
+    (lambda folder: (folder / 'args.yaml').write_text(''), 'args.yaml holds no arguments'),
     (lambda folder: (folder / 'validation.csv').write_text('model,size,loss,top1,top5\nother,1x1,1,50,60\n'),
      'validation.csv has no row for'),
     (lambda folder: (folder / 'summary.csv').write_text('epoch,eval_top1\n0,50\n'),

@@ -135,8 +135,8 @@ def test_weights_of_a_shared_skip_weight():
     shared, single = (timm.create_model('test_adaresnet', skip_weight=kind) for kind in ('shared', 'per_block'))
     for network in (single, timm.create_model('test_adaresnet', skip_weight='shared')):
         network.load_state_dict({k: v + 0.5 if k.endswith('.alpha') else v for k, v in shared.state_dict().items()})
-        assert [record['alpha'] for record in timm_dresnet.connections(network)] == 6 * [0.5]
-        assert network.layer1[0].skip_weight.state_dict()['alpha'] == 0.5
+        assert [record['alpha'] for record in timm_dresnet.connections(network)] == 6 * [1.5]
+        assert network.layer1[0].skip_weight.state_dict()['alpha'] == 1.5
 
 
 def test_damaged_files_do_not_load(tmp_path):

@@ -85,6 +85,7 @@ def test_other_arguments(args, tmp_path):
     images = [(image.convert(mode), target) for image, target in images]
     assert accuracy(model, images) == pytest.approx(written, abs=tolerance)
     assert bool(summary[0]['eval_top1']) == ('--val-interval' not in args)
+    assert load_checkpoint(folder / 'last.pth.tar').state_dict().keys() == model.state_dict().keys()
     assert (folder / 'connections.png').exists() == (args[1] != 'test_resnet')
     assert bool(list(folder.glob('events.out.tfevents*'))) == ('--log-tensorboard' in args)
     if '--pretrained' in args:  # tag and classes of the weights it started from are gone

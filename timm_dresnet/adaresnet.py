@@ -10,11 +10,12 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
 import torch
 import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
+from timm.models.resnet import Bottleneck
 from timm.utils import reparameterize_model
 
 from .folding import can_bypass, fold_norms
 from .pretrained import build_model_with_cfg, grown_cfgs
-from .resnet import BasicBlock, Bottleneck, ResNet, _c10_cfg, _cifar_cfg, require_eval
+from .resnet import BasicBlock, ResNet, _c10_cfg, _cifar_cfg, require_eval
 
 __all__ = ['AdaResNet']  # the model registry adds each entry point to this
 
@@ -82,6 +83,28 @@ class AdaBasicBlock(AdaBlock, BasicBlock):
 class AdaBottleneck(AdaBlock, Bottleneck):
     """Bottleneck block with a learned weight on its shortcut: `y = act(branch(x) + alpha * shortcut(x))`."""
 
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual branch, which is added to the shortcut."""
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.act1(x)
+
+        x = self.conv2(x)
+        x = self.bn2(x)
+        x = self.drop_block(x)
+        x = self.act2(x)
+        x = self.aa(x)  # type: ignore[misc]
+
+        x = self.conv3(x)
+        x = self.bn3(x)
+
+        if self.se is not None:
+            x = self.se(x)
+
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        return x
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act3(self.add_shortcut(x))
 
@@ -104,8 +127,7 @@ class AdaResNet(ResNet):
     ) -> None:
         """
         Args:
-            block: Block class of all stages, or one for each.
-            layers: Number of blocks in each stage.
+            block, layers, **kwargs: As for `ResNet`.
             skip_init: Value that the skip weights start from: 1 is a ResNet. 0, the paper's, is a network without
                 shortcuts, and deep ones do not train from it.
             skip_weight: How many there are: 'per_block', 'per_kind' (one for all identity shortcuts and one for all
@@ -113,7 +135,6 @@ class AdaResNet(ResNet):
             zero_init_last: Start the last norm weight of every branch at 0. None does so unless skip_init is 0, when
                 it would leave every block with an output of 0.
             inference_mode: Build the network as `timm.utils.reparameterize_model` leaves it, for weights saved then.
-            **kwargs: All other arguments of `ResNet`.
 
         Raises:
             ValueError: If an argument is not one of the choices.

@@ -12,7 +12,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import timm
 import torch
@@ -24,7 +24,7 @@ from timm.utils import reparameterize_model
 
 import timm_dresnet
 
-from .folders import atomic_folder, load_checkpoint, load_folder
+from .folders import atomic_folder, first_line, load_checkpoint, load_folder
 from .images import Classifier, find_images
 
 _MAX_MEASURED = 128  # images to measure on, in one batch
@@ -36,12 +36,14 @@ def load(name: str, pretrained: bool = True, families: Sequence[str] = ()) -> nn
 
     Args:
         name: Folder, checkpoint of a run, `hf-hub:owner/name`, or model with or without a tag.
-        pretrained: Whether a model of the registry has its weights.
+        pretrained: Whether it has its weights. A folder, a checkpoint or a model of the Hub always has.
         families: Names of classes that it must be of.
 
     Raises:
         ValueError: If there is no such model, or its weights cannot be loaded.
     """
+    if not pretrained and (Path(name).exists() or ':' in name):
+        raise ValueError(f'{name} has weights: for an untrained model, give a name that timm.create_model takes.')
     if Path(name).is_dir():
         return load_folder(Path(name))
     if Path(name).is_file():
@@ -50,20 +52,20 @@ def load(name: str, pretrained: bool = True, families: Sequence[str] = ()) -> nn
         architecture, _, tag = name.partition('.')
         if not timm.is_model(architecture):
             near = difflib.get_close_matches(architecture, list_models())
-            hint = f'Did you mean {" or ".join(near)}?' if near else 'timm-dresnet list shows all.'
+            hint = f'Did you mean {" or ".join(near)}?' if near else 'timm.list_models() lists all.'
             raise ValueError(f'There is no folder and no model {name}. {hint}')
         module = timm.models.model_entrypoint(architecture).__module__
         if families and module not in [f'timm_dresnet.{family.lower()}' for family in (*families, 'growing')]:
             raise ValueError(f'{name} is not a {" or ".join(families)}, and so has no learned connections.')
         if tag and name not in timm.list_pretrained(f'{architecture}.*'):
-            raise ValueError(f'{architecture} has no weights {tag!r}: timm-dresnet list {architecture}* shows all.')
-        if pretrained and not tag and not timm.models.is_model_pretrained(architecture):
             raise ValueError(
-                f'{architecture} comes without weights: train it, and give the folder of the run.')
+                f"{architecture} has no weights {tag!r}: timm.list_pretrained('{architecture}.*') lists all.")
+        if pretrained and not tag and not timm.models.is_model_pretrained(architecture):
+            raise ValueError(f'{architecture} comes without weights: train it, and give the folder of the run.')
     try:
-        return timm.create_model(name, pretrained=pretrained or ':' in name).eval()
+        return timm.create_model(name, pretrained=pretrained).eval()
     except Exception as e:  # whatever a damaged file, timm, or the network raises
-        raise ValueError(f'{name} cannot be loaded: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
+        raise ValueError(f'{name} cannot be loaded: {first_line(e)}') from e
 
 
 def _print_table(rows: Sequence[Dict[str, Any]]) -> None:
@@ -89,7 +91,7 @@ def list_command(args: argparse.Namespace) -> None:
             continue
         tags = timm.list_pretrained(f'{name}.*')
         parameters: Dict[int, int] = {}  # by number of classes
-        for tag in tags or ([] if args.pretrained else [name]):
+        for tag in tags or [name]:
             if not fnmatch.fnmatch(tag, args.filter) and not fnmatch.fnmatch(name, args.filter):
                 continue
             cfg: Any = get_pretrained_cfg(tag)
@@ -109,8 +111,6 @@ def list_command(args: argparse.Namespace) -> None:
         raise ValueError(f'No model matches {args.filter!r}.')
     if args.json:
         print(json.dumps(rows, indent=2))
-    elif args.quiet:
-        print('\n'.join(row['model'] for row in rows))
     else:
         _print_table([
             {**row, 'parameters': f'{row["parameters"] / 1e6:6.2f} M',
@@ -121,26 +121,25 @@ def classify_command(args: argparse.Namespace) -> int:
     classifier, status = Classifier(load(args.model)), 0
     paths = find_images(args.images)
     for start in range(0, len(paths), _BATCH):
-        read: Dict[str, Union[torch.Tensor, ValueError]] = {}  # images, or why there is none
         batch = paths[start:start + _BATCH]
+        images: Dict[str, torch.Tensor] = {}
+        errors: Dict[str, str] = {}
         for path in batch:
             try:
-                read[path] = classifier.read(path)
+                images[path] = classifier.read(path)
             except ValueError as e:
-                read[path] = e
-        images = {path: image for path, image in read.items() if isinstance(image, torch.Tensor)}
+                errors[path] = str(e)
         answers = dict(zip(images, classifier(torch.stack([*images.values()]), args.top))) if images else {}
         for path in batch:
-            if path in answers:
-                classes = answers[path]
-                words = ', '.join(f'{c["label"]} {100 * c["probability"]:.1f} %' for c in classes)
-                line = classes[0]['label'] if args.quiet else f'{path}: {words}'
-                record = dict(image=path, classes=classes)
-            else:
-                status, line, record = 1, '', dict(image=path, error=str(read[path]))
-                print(f'timm-dresnet classify: error: {read[path]}', file=sys.stderr)
-            if args.json or args.quiet or line:
-                print(json.dumps(record) if args.json else line, flush=True)
+            if path in errors:
+                status = 1
+                print(f'timm-dresnet classify: error: {errors[path]}', file=sys.stderr)
+            if args.json:
+                record = dict(error=errors[path]) if path in errors else dict(classes=answers[path])
+                print(json.dumps(dict(image=path, **record)), flush=True)
+            elif path in answers:
+                words = ', '.join(f'{c["label"]} {100 * c["probability"]:.1f} %' for c in answers[path])
+                print(f'{path}: {words}', flush=True)
     return status
 
 
@@ -148,22 +147,17 @@ def connections_command(args: argparse.Namespace) -> None:
     model = load(args.model, families=('DResNet', 'AdaResNet'))
     images = Classifier(model).read_sample(args.images, _MAX_MEASURED) if args.images else None
     records = timm_dresnet.connections(model, images)
-    for name, plot in ((args.out, timm_dresnet.plot_connections), (args.arcs, timm_dresnet.plot_arcs)):
-        if name:
-            with _picture(name, args) as path:
-                plot(model, path, images)
+    for path, plot in ((args.out, timm_dresnet.plot_connections), (args.arcs, timm_dresnet.plot_arcs)):
+        if path:
+            with _picture(path) as new:
+                plot(model, new, images)
     if args.json:
         print(json.dumps(records, indent=2))
-    elif args.csv:
-        if records:
-            writer = csv.DictWriter(sys.stdout, records[0], lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(records)
-    else:
-        _print_table(records)
-        if images is not None:
-            _say('effect: norm of what the connection adds, over that of the whole sum. share: its part of the sum, '
-                 'negative where it works against the rest; all shares of a sum add up to 1.', args)
+        return
+    _print_table(records)
+    if images is not None:
+        print('effect: norm of what the connection adds, over that of the whole sum. share: its part of the sum, '
+              'negative where it works against the rest; all shares of a sum add up to 1.', file=sys.stderr)
 
 
 def signal_command(args: argparse.Namespace) -> None:
@@ -178,8 +172,8 @@ def signal_command(args: argparse.Namespace) -> None:
             images = torch.randn(16, *size, generator=torch.Generator().manual_seed(0))
         signals[name] = timm_dresnet.signal_propagation(model.train(args.untrained), images)
     if args.out:
-        with _picture(args.out, args) as path:
-            timm_dresnet.plot_signal_propagation(signals, path)
+        with _picture(args.out) as new:
+            timm_dresnet.plot_signal_propagation(signals, new)
     if args.json:
         print(json.dumps(signals, indent=2))
         return
@@ -197,24 +191,21 @@ def fuse_command(args: argparse.Namespace) -> None:
     fused = reparameterize_model(model)
     if fused.state_dict().keys() == model.state_dict().keys():
         raise ValueError(f'{args.model} has nothing that can be fused.')
-    _write_model(fused, args)
+    _write_model(fused, args.folder)
 
 
 def grow_command(args: argparse.Namespace) -> None:
-    kwargs = dict(gate=args.gate) if args.gate else {}
-    _write_model(timm_dresnet.grow(load(args.model), args.kind, **kwargs), args)
+    _write_model(timm_dresnet.grow(load(args.model), args.kind), args.folder)
 
 
 def prune_command(args: argparse.Namespace) -> None:
     model = load(args.model, families=['DResNet'])
-    if not isinstance(model, timm_dresnet.DResNet):
-        raise ValueError(f'Connections are pruned in a DResNet, and {args.model} is none (but {type(model).__name__}).')
     images = Classifier(model).read_sample(args.images, _MAX_MEASURED) if args.images else None
-    before = len(model.connection_pairs())
     removed = timm_dresnet.prune_connections(
         model, min_gate=args.min_gate, min_effect=args.min_effect, keep=args.keep, images=images)
-    _say(f'Removed {len(removed)} of {before} connections.', args)
-    _write_model(model, args)
+    count = len(removed) + len(model.connection_pairs())
+    print(f'Removed {len(removed)} of {count} connections.', file=sys.stderr)
+    _write_model(model, args.folder)
 
 
 def export_command(args: argparse.Namespace) -> None:
@@ -222,7 +213,7 @@ def export_command(args: argparse.Namespace) -> None:
         raise ValueError('--int8 needs --format onnx, and --images to measure the ranges of activations on.')
     model = load(args.model)
     if args.format == 'safetensors':
-        return _write_model(model, args)
+        return _write_model(model, args.folder)
     needed = ('onnx', 'onnxscript', 'onnxruntime') if args.int8 else ('onnx', 'onnxscript')
     if missing := [name for name in needed if find_spec(name) is None]:
         raise ValueError(f'ONNX needs what is not installed, try: pip install {" ".join(missing)}')
@@ -231,7 +222,7 @@ def export_command(args: argparse.Namespace) -> None:
     logging.getLogger('onnxscript.optimizer').setLevel(logging.ERROR)  # it warns of each constant that it leaves
     images = Classifier(model).read_sample(args.images, _MAX_MEASURED) if args.int8 else None
     fused = reparameterize_model(model)
-    with _model_folder(args) as folder:
+    with _model_folder(args.folder) as folder:
         save_config_for_hf(model, str(folder / 'config.json'))
         onnx_export(
             fused, str(folder / 'model.onnx'), input_size=resolve_model_data_config(model)['input_size'], batch_size=2,
@@ -249,11 +240,6 @@ def export_command(args: argparse.Namespace) -> None:
             quantize_static(folder / 'model.onnx', folder / 'model.onnx', reader, per_channel=True)
 
 
-def _say(message: str, args: argparse.Namespace) -> None:
-    if not args.quiet:
-        print(message, file=sys.stderr)
-
-
 @contextmanager
 def _written(path: Path, folder: Path) -> Iterator[Path]:
     try:
@@ -264,25 +250,23 @@ def _written(path: Path, folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _picture(name: str, args: argparse.Namespace) -> Iterator[Path]:
+def _picture(path: Path) -> Iterator[Path]:
     if find_spec('matplotlib') is None:
         raise ValueError('Pictures need what is not installed, try: pip install matplotlib')
-    path = Path(name)
     with _written(path, path.parent) as new:
         yield new / path.name
-    _say(f'Wrote {path}', args)
+    print(f'Wrote {path}', file=sys.stderr)
 
 
 @contextmanager
-def _model_folder(args: argparse.Namespace) -> Iterator[Path]:
-    path = Path(args.folder)
+def _model_folder(path: Path) -> Iterator[Path]:
     with _written(path, path) as new:
         yield new
-    _say(f'Wrote {path}, {sum(f.stat().st_size for f in path.iterdir()) / 1e6:.1f} MB', args)
+    print(f'Wrote {path}, {sum(f.stat().st_size for f in path.iterdir()) / 1e6:.1f} MB', file=sys.stderr)
 
 
-def _write_model(model: nn.Module, args: argparse.Namespace) -> None:
-    with _model_folder(args) as folder:
+def _write_model(model: nn.Module, path: Path) -> None:
+    with _model_folder(path) as folder:
         save_for_hf(model, str(folder), safe_serialization=True)
 
 
@@ -301,41 +285,40 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=timm_dresnet.__version__)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
 
-    def add(name: str, function: Any, help: str, *examples: str, json: str = 'print JSON') -> argparse.ArgumentParser:
+    def add(name: str, function: Any, help: str, *examples: str, writes: bool = False) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=help, description=help[0].upper() + help[1:] + '.',
             epilog='\n'.join(['examples:', *(f'  timm-dresnet {name} {example}' for example in examples)]),
             formatter_class=argparse.RawDescriptionHelpFormatter)
         command.set_defaults(function=function, command=name)
-        command.add_argument('-q', '--quiet', action='store_true', help='results only, in as few words as can be')
-        if json:
-            command.add_argument('--json', action='store_true', help=json)
+        if writes:
+            command.add_argument('model', metavar='MODEL', help='model to start from')
+            command.add_argument('folder', type=Path, metavar='FOLDER', help='folder to write')
+            command.add_argument('--force', action='store_true', help='write into a folder that is not empty')
+        else:
+            command.add_argument('--json', action='store_true', help='print JSON')
         return command
 
     def add_images(command: argparse.ArgumentParser, help: str) -> None:
         command.add_argument(
             '--images', nargs='+', metavar='PATH',
-            help=f'{help}: files, folders, or - for names on standard input; {_MAX_MEASURED} of them, evenly spread')
+            help=f'{help}: files or folders; {_MAX_MEASURED} of them, evenly spread')
 
     command = add('list', list_command, 'list the models of this package and their weights',
-                  '', "'dresnet18*'", '--pretrained --json')
+                  '', "'dresnet18*'", '--json')
     command.add_argument('filter', nargs='?', default='*', help='names to list, with * and ?')
-    command.add_argument('--pretrained', action='store_true', help='only those with weights')
 
-    command = add('classify', classify_command, 'say what images show',
-                  'cat.jpg --model resnet18', 'photos/ --model output/flowers --json',
-                  '- --top 1 < names.txt', json='print one JSON object a line, for each image')
-    command.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders, or - for names on standard input')
+    command = add('classify', classify_command, 'say what images show, a line for each',
+                  'cat.jpg --model resnet18', 'photos/ --model output/flowers --json')
+    command.add_argument('images', nargs='+', metavar='IMAGE', help='files or folders')
     command.add_argument('--model', default='dresnet18', metavar='MODEL', help='what classifies (%(default)s)')
     command.add_argument('--top', type=_positive, default=5, metavar='N', help='classes to name (%(default)s)')
 
     command = add('connections', connections_command, 'show the learned connections of a model',
-                  'test_dresnet', 'output/digits --out map.png --arcs arcs.png --images photos/',
-                  'test_adaresnet --csv > connections.csv')
+                  'test_dresnet', 'output/digits --out map.png --arcs arcs.png --images photos/')
     command.add_argument('model', metavar='MODEL', help='a DResNet or AdaResNet')
-    command.add_argument('--csv', action='store_true', help='print CSV')
-    command.add_argument('--out', metavar='FILE', help='draw them as a map of targets and sources')
-    command.add_argument('--arcs', metavar='FILE', help='draw them as arcs over the blocks')
+    command.add_argument('--out', type=Path, metavar='FILE', help='draw them as a map of targets and sources')
+    command.add_argument('--arcs', type=Path, metavar='FILE', help='draw them as arcs over the blocks')
     add_images(command, 'measure what comes through each on images')
 
     command = add('signal', signal_command, 'show how activations and gradients get through networks',
@@ -343,28 +326,20 @@ def create_parser() -> argparse.ArgumentParser:
                   'output/digits --images photos/')
     command.add_argument('models', nargs='+', metavar='MODEL', help='networks to compare')
     command.add_argument('--untrained', action='store_true', help='as they are before training, from a seed of 0')
-    command.add_argument('--out', metavar='FILE', help='draw it, side by side')
+    command.add_argument('--out', type=Path, metavar='FILE', help='draw it, side by side')
     add_images(command, 'measure on images instead of noise')
 
-    def add_output(command: argparse.ArgumentParser) -> None:
-        command.add_argument('model', metavar='MODEL', help='model to start from')
-        command.add_argument('folder', metavar='FOLDER', help='folder to write')
-        command.add_argument('--force', action='store_true', help='write into a folder that is not empty')
-
-    command = add('fuse', fuse_command, 'fold norms, gates and the skip weights of projections into plain convolutions',
-                  'output/digits output/fused', json='')
-    add_output(command)
+    add('fuse', fuse_command, 'fold norms, gates and the skip weights of projections into plain convolutions',
+        'output/digits output/fused', writes=True)
 
     command = add('grow', grow_command, 'let a ResNet grow connections, which compute nothing until they are trained',
-                  'resnet50d.ra4_e3600_r224_in1k output/grown', 'output/resnet output/grown --kind adaresnet', json='')
-    add_output(command)
+                  'resnet50d.ra4_e3600_r224_in1k output/grown', 'output/resnet output/grown --kind adaresnet',
+                  writes=True)
     command.add_argument('--kind', default='dresnet', choices=('dresnet', 'adaresnet'), help='(%(default)s)')
-    command.add_argument('--gate', choices=[*timm_dresnet.GATES], help='gate function of a DResNet (linear)')
 
     command = add('prune', prune_command, 'remove learned connections that do little',
                   'test_dresnet output/pruned --keep 0.5',
-                  'test_dresnet output/pruned --min-effect 0.1 --images photos/', json='')
-    add_output(command)
+                  'test_dresnet output/pruned --min-effect 0.1 --images photos/', writes=True)
     group = command.add_mutually_exclusive_group(required=True)
     group.add_argument('--min-gate', type=float, metavar='X', help='remove those whose gate is smaller')
     group.add_argument('--min-effect', type=float, metavar='X', help='remove those whose effect on --images is smaller')
@@ -373,8 +348,7 @@ def create_parser() -> argparse.ArgumentParser:
 
     command = add('export', export_command, 'write a model as safetensors, or fused as ONNX',
                   'test_dresnet output/test_dresnet', 'output/digits output/onnx --format onnx',
-                  'output/digits output/int8 --format onnx --int8 --images photos/', json='')
-    add_output(command)
+                  'output/digits output/int8 --format onnx --int8 --images photos/', writes=True)
     command.add_argument('--format', default='safetensors', choices=('safetensors', 'onnx'), help='(%(default)s)')
     command.add_argument('--int8', action='store_true', help='quantize the ONNX file')
     add_images(command, 'measure the ranges of activations on images')
@@ -389,8 +363,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     """
     args = create_parser().parse_args(argv)
     try:
-        folder = Path(getattr(args, 'folder', ''))
-        if folder.name and folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not args.force):
+        folder = getattr(args, 'folder', None)
+        if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not args.force):
             raise ValueError(f'{folder} exists and is not an empty folder: give another name, or --force.')
         status = args.function(args) or 0
         sys.stdout.flush()

@@ -120,8 +120,7 @@ class DResNet(ResNet):
     ) -> None:
         """
         Args:
-            block: Block class of all stages, or one for each.
-            layers: Number of blocks in each stage.
+            block, layers, norm_layer, **kwargs: As for `ResNet`.
             gate: Gate function F, 'sigmoid', 'gauss' or 'linear'.
             gate_init: Gate value F(w) to start from. None starts the n gates of a block at 0.5 / n: where each started
                 at 0.5, what many connections add would drown what the block before puts out.
@@ -131,9 +130,7 @@ class DResNet(ResNet):
             connected_stages: Number of stages, counted from the last, into which connections lead; None for all.
             pruned_connections: Connections that are left out, as (target, source) block numbers: the attribute of this
                 name of a network that has been pruned.
-            norm_layer: Normalization layer.
             inference_mode: Build the network as `timm.utils.reparameterize_model` leaves it, for weights saved then.
-            **kwargs: All other arguments of `ResNet`.
 
         Raises:
             ValueError: If an argument is not one of the choices.
@@ -201,10 +198,7 @@ class DResNet(ResNet):
             (i, k) for stage in self.connections.values() for i, numbers in stage.sources.items() for k in numbers]
 
     def prune_connections(self, pairs: Sequence[Tuple[int, int]]) -> None:
-        """Remove connections, with their parameters.
-
-        Args:
-            pairs: Their block numbers, (target, source).
+        """Remove connections, given as (target, source) block numbers, with their parameters.
 
         Raises:
             ValueError: If there is no such connection, or the network is fused.
@@ -263,14 +257,7 @@ class DResNet(ResNet):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Forward pass through feature extraction layers."""
-        x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.act1(x)
-        x = self.maxpool(x)
-
-        flow = self.forward_context()
-        for name in self.stage_names:
-            x = self.forward_stage(getattr(self, name), x, flow)
+        x, _ = self.forward_intermediates(x, indices=1)
         return x
 
 

@@ -13,20 +13,14 @@ from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-__all__ = ['atomic_folder', 'load_checkpoint', 'load_folder', 'replace']
+__all__ = ['atomic_folder', 'first_line', 'load_checkpoint', 'load_folder', 'replace']
 
 
 def load_folder(path: Path) -> nn.Module:
-    """Load a model as `timm.create_model('local-dir:...', pretrained=True)` does, from `config.json` and safetensors.
+    """Load a model as `timm.create_model('local-dir:...', pretrained=True)` does, in eval mode.
 
-    The shapes that the header of the weights lists must fit the model that `config.json` describes before any memory is
-    taken, and no other file is read.
-
-    Args:
-        path: The folder.
-
-    Returns:
-        The model, in eval mode.
+    Only `config.json` and `model.safetensors` are read. The shapes that the header of the weights lists must fit the
+    model that `config.json` describes before any memory is taken.
 
     Raises:
         ValueError: If it does not hold a model, or one of its files is damaged.
@@ -42,7 +36,7 @@ def load_folder(path: Path) -> nn.Module:
             described = timm.create_model(f'local-dir:{path}')
         shapes = {key: list(tensor.shape) for key, tensor in described.state_dict().items()}
     except Exception as e:  # whatever a wrong config makes timm and the model raise
-        raise ValueError(f'{config} does not describe a model: {_first_line(e)}') from e
+        raise ValueError(f'{config} does not describe a model: {first_line(e)}') from e
     if described.num_classes != described.pretrained_cfg['num_classes']:  # timm would replace the classifier
         raise ValueError(f'{config} is damaged: its num_classes and that of its model_args differ.')
     try:
@@ -57,7 +51,7 @@ def load_folder(path: Path) -> nn.Module:
     try:
         model = timm.create_model(f'local-dir:{path}', pretrained=True).eval()
     except Exception as e:  # whatever weights that do not fit make timm raise
-        raise ValueError(f'{path} holds no model that timm can load: {_first_line(e)}') from e
+        raise ValueError(f'{path} holds no model that timm can load: {first_line(e)}') from e
     for key, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f'{key} in {weights} is not finite: the weights are damaged, or the training diverged.')
@@ -65,20 +59,17 @@ def load_folder(path: Path) -> nn.Module:
 
 
 def load_checkpoint(path: Path) -> nn.Module:
-    """Load a model from a checkpoint of `python -m train` or timm's train.py: the moving average, if there is one.
+    """Load a model from a checkpoint of `python -m train` or timm's train.py, in eval mode.
 
-    Args:
-        path: The file, which also holds the arguments of the run.
-
-    Returns:
-        The model, in eval mode, whose `pretrained_cfg` has the preprocessing and, if they are known, the class names.
+    Its weights are the moving average, if there is one. From the arguments of the run, which the file holds too, its
+    `pretrained_cfg` has the preprocessing and, if they are known, the class names.
 
     Raises:
         ValueError: If it is not such a file, or does not fit its model.
     """
     try:
         checkpoint = load_checkpoint_metadata(path)
-        args, classes = vars(checkpoint['args']), checkpoint.get('task_state', {}).get('classes')
+        args, state = vars(checkpoint['args']), checkpoint.get('task_state', {})
         name = args['model']
         if args.get('pretrained') and (cfg := get_pretrained_cfg(name)):  # whose classes the model may have
             name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else name
@@ -89,17 +80,20 @@ def load_checkpoint(path: Path) -> nn.Module:
             global_pool=args.get('gp'),
             **args.get('model_kwargs') or {},
         )
+        if state.get('pruned'):
+            model.prune_connections(state['pruned'])
         timm.models.load_checkpoint(model, str(path))
     except Exception as e:  # whatever other files, and weights that do not fit, make torch and timm raise
         raise ValueError(
-            f"{path} is not a checkpoint of python -m train or of timm's train.py: {_first_line(e)}") from e
+            f"{path} is not a checkpoint of python -m train or of timm's train.py: {first_line(e)}") from e
     model.pretrained_cfg.update(resolve_data_config(args, model=model), num_classes=model.num_classes)
-    if classes:
-        model.pretrained_cfg['label_names'] = classes
+    if state.get('classes'):
+        model.pretrained_cfg['label_names'] = state['classes']
     return model.eval()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception says in its first line, or else its name."""
     return (str(error).splitlines() or [type(error).__name__])[0][:500]
 
 

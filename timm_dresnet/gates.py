@@ -49,12 +49,9 @@ _LIMITED = dict(sigmoid='it has no other values', gauss='at 1 its slope is 0 and
 
 
 def create_gate(gate: str, size: int, init: float = 0.5, **dd) -> nn.Module:
-    """Create the gate function of one block's weight array, which returns gate values, `[size]`.
+    """Create a gate function, a key of `GATES`, for one block's weight array.
 
-    Args:
-        gate: Name of the function, a key of `GATES`.
-        size: Length of the weight array, one weight for each connection.
-        init: Gate value F(w) to start from.
+    It returns gate values, `[size]`, one for each connection, and starts from the value ``init``.
 
     Raises:
         ValueError: If ``gate`` is not one of the choices, or ``init`` not a value that it can start from.

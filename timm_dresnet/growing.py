@@ -49,7 +49,8 @@ def grow(model: nn.Module, kind: str = 'dresnet', **kwargs: Any) -> ResNet:
     start_from_resnet(grown.state_dict())
     if cfg := getattr(model, 'pretrained_cfg', None):  # else timm did not create it, and cannot create it again
         grown.pretrained_cfg = grown.default_cfg = dict(cfg, architecture=kind)
-        update_model_args(grown, grown_from=cfg['architecture'], **kwargs)
+        args = getattr(model, '_model_args', {})  # with which timm.create_model was called
+        update_model_args(grown, **dict(args, grown_from=cfg['architecture'], **kwargs))
     return grown
 
 

@@ -2,7 +2,6 @@
 import logging
 import os
 import re
-import sys
 import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterable, List
@@ -19,16 +18,14 @@ SUFFIXES = {'.avif', '.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.
 
 
 def find_images(paths: Iterable[str]) -> List[str]:
-    """List image files: those named, those in folders, and, for '-', those that standard input names.
+    """List image files: those named, and those in folders.
 
     Raises:
         ValueError: If a folder has none.
     """
     found = []
     for path in paths:
-        if path == '-':
-            found += find_images(line.rstrip('\r\n') for line in sys.stdin if line.strip())
-        elif os.path.isdir(path):
+        if os.path.isdir(path):
             inside = sorted(str(file) for file in Path(path).rglob('*') if file.suffix.lower() in SUFFIXES)
             if not inside:
                 raise ValueError(f'There are no images in {path}.')
@@ -47,12 +44,7 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
 
 
 class Classifier:
-    """A model with its preprocessing and the names of its classes.
-
-    Attributes:
-        model: The model.
-        labels: Names of its classes.
-    """
+    """A model with its preprocessing and the names of its classes, `labels`."""
 
     def __init__(self, model: nn.Module) -> None:
         """

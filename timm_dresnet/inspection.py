@@ -6,9 +6,9 @@ Papers:
 * `Characterizing signal propagation to close the performance gap in unnormalized ResNets` -
   https://arxiv.org/abs/2101.08692
 """
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import count
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
+from typing import Any, Dict, List, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -31,16 +31,6 @@ def blocks(model: nn.Module) -> List[Tuple[str, nn.Module]]:
     """Names and modules of a ResNet's blocks, in order."""
     stages = [info['module'] for info in model.feature_info if info['module'].startswith('layer')]
     return [(f'{name}.{j}', block) for name in stages for j, block in enumerate(model.get_submodule(name))]
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    try:
-        yield model.eval()
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _compare(part: torch.Tensor, whole: torch.Tensor) -> Dict[str, float]:
@@ -69,12 +59,13 @@ def _measure(model: nn.Module, images: torch.Tensor) -> _Measures:
         measures[next(numbers), None] = _compare(skip_weight.alpha * args[1], x)
 
     hooks: Dict[Type[nn.Module], Any] = {Projection: keep, Connections: compare_parts, SkipWeight: compare_shortcut}
-    with _eval_mode(model), ExitStack() as stack:
+    with ExitStack() as stack:
         for module in model.modules():  # which lists a skip weight that blocks share once
+            stack.callback(setattr, module, 'training', module.training)
             for kind, hook in hooks.items():
                 if isinstance(module, kind):
                     stack.enter_context(module.register_forward_hook(hook))
-        model(images)
+        model.eval()(images)
     return measures
 
 

@@ -135,11 +135,9 @@ def plot_arcs(
     """Draw the blocks in a row, and the strongest learned connections as arcs over them, wider where they are stronger.
 
     Args:
-        model: A DResNet or an AdaResNet.
-        path: Where to write the picture.
+        model, path, name: As for `plot_connections`.
         images: Preprocessed images, `[B, C, H, W]`, on which the share of each connection is measured, the width of its
             arc. Default: the width is the gate or the skip weight.
-        name: Name of the model, for the title. Default: its folder, or the architecture and tag of its config.
 
     Raises:
         ValueError: If the model has no learned connections, or is fused for inference.

@@ -3,7 +3,7 @@
 Papers:
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
 """
-from typing import Optional, Tuple, Type, Union
+from typing import Any, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -17,14 +17,7 @@ __all__ = ['PlainNet']  # the model registry adds each entry point to this
 class PlainBlock(BasicBlock):
     """Basic block without its shortcut: `y = act(branch(x))`."""
 
-    def __init__(
-            self,
-            inplanes: int,
-            planes: int,
-            stride: int = 1,
-            downsample: Optional[nn.Module] = None,
-            **kwargs,
-    ) -> None:
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: Any = None, **kwargs) -> None:
         super().__init__(inplanes, planes, stride, downsample=None, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -44,18 +37,16 @@ class PlainNet(ResNet):
     ) -> None:
         """
         Args:
-            block: Block class of all stages, or one for each.
-            layers: Number of blocks in each stage.
+            block, layers, **kwargs: As for `ResNet`.
             drop_path_rate: Must be 0.
             zero_init_last: Must be False.
-            **kwargs: All other arguments of `ResNet`.
 
         Raises:
             ValueError: If an argument is not one of the choices, or asks for a shortcut.
         """
         if drop_path_rate:
-            raise ValueError(f'drop_path_rate must be 0, got {drop_path_rate}: without a shortcut, nothing passes a '
-                             f'dropped block.')
+            raise ValueError(
+                f'drop_path_rate must be 0, got {drop_path_rate}: without a shortcut, nothing passes a dropped block.')
         if zero_init_last:
             raise ValueError('zero_init_last must be False: without a shortcut, every block would put out 0 forever.')
         super().__init__(block, layers, zero_init_last=False, **kwargs)

@@ -31,20 +31,12 @@ _FOLDER = files('timm_dresnet') / 'weights'
 
 
 def packaged_file(tag: str) -> str:
-    """Path of weights in this package, for the `file` of a pretrained config.
-
-    Args:
-        tag: Model name and tag, such as 'test_dresnet.c10'.
-    """
+    """Path of weights in this package, such as 'test_dresnet.c10', for the `file` of a pretrained config."""
     return str(_FOLDER / f'{tag}.safetensors')
 
 
 def packaged_classes(data_set: str) -> Dict[str, Any]:
-    """Names and descriptions of a data set's classes, for a pretrained config.
-
-    Args:
-        data_set: 'tiny_imagenet', whose 200 classes are named by their WordNet ids.
-    """
+    """Names and descriptions of a data set's classes, such as those of 'tiny_imagenet', for a pretrained config."""
     lines = (_FOLDER / f'{data_set}_classes.txt').read_text().splitlines()
     descriptions = dict(line.split('\t') for line in lines)
     return dict(label_names=tuple(descriptions), label_descriptions=descriptions)
@@ -115,11 +107,7 @@ def build_model_with_cfg(
 
 
 def refuse_other_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> None:
-    """Refuse weights that mean something else in this network, although they may load.
-
-    Args:
-        model: The network.
-        state_dict: Weights of a whole network.
+    """Refuse weights of a whole network that mean something else in this one, although they may load.
 
     Raises:
         RuntimeError: If they are those of a network without its learned connections or skip weights, or with others.
@@ -148,11 +136,6 @@ def refuse_other_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor]) 
 def grown_cfgs(variant: str, resnet: str) -> Dict[str, PretrainedCfg]:
     """Pretrained configs of a network grown from each checkpoint that timm has of a ResNet on the Hub.
 
-    Args:
-        variant: Name of the network.
-        resnet: Name of timm's ResNet.
-
-    Returns:
-        timm's configs, its default first, by name and tag: 'dresnet18.init_a1_in1k' for 'resnet18.a1_in1k'.
+    They are timm's, its default first, by name and tag: 'dresnet18.init_a1_in1k' for 'resnet18.a1_in1k'.
     """
     return {f'{variant}.init_{cfg.tag}': cfg for cfg in get_arch_pretrained_cfgs(resnet).values() if cfg.hf_hub_id}

@@ -55,8 +55,7 @@ def prune_connections(
     """Remove connections from a network, in place.
 
     Which ones is said by one of ``min_gate``, ``min_effect`` and ``keep``. The network trains, saves, loads and fuses
-    as before; an optimizer made for it must be made again. Its argument ``pruned_connections`` builds it with what is
-    left: ``timm.models.save_for_hf(model, folder, model_args=dict(pruned_connections=model.pruned_connections))``.
+    as before; an optimizer made for it must be made again.
 
     Args:
         model: A DResNet.

@@ -54,38 +54,8 @@ class BasicBlock(resnet.BasicBlock):
         return x
 
 
-class Bottleneck(resnet.Bottleneck):
-    """timm's bottleneck block, with its residual branch as a method of its own."""
-
-    def branch(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual branch, which is added to the shortcut."""
-        x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.act1(x)
-
-        x = self.conv2(x)
-        x = self.bn2(x)
-        x = self.drop_block(x)
-        x = self.act2(x)
-        x = self.aa(x)  # type: ignore[misc]
-
-        x = self.conv3(x)
-        x = self.bn3(x)
-
-        if self.se is not None:
-            x = self.se(x)
-
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        return x
-
-
 class ResNet(resnet.ResNet):
-    """timm's ResNet with a stem for small images, and three or four stages.
-
-    Subclasses override `forward_stage`, which runs one stage, and `forward_context`, which makes what one forward pass
-    hands from stage to stage beside the features.
-    """
+    """timm's ResNet with a stem for small images, and three or four stages."""
     __jit_unused_properties__ = ['fused', '_model_args']
 
     def __init__(
@@ -200,7 +170,7 @@ class ResNet(resnet.ResNet):
         return super().train(mode)
 
     def forward_context(self) -> Any:
-        """Make what one forward pass hands from stage to stage beside the features."""
+        """Make what one forward pass hands from stage to stage beside the features, for subclasses."""
         return None
 
     def forward_stage(self, stage: nn.Module, x: torch.Tensor, context: Any) -> torch.Tensor:
