@@ -6,7 +6,6 @@ command.
 import argparse
 import logging
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from timm_dresnet.folders import atomic_folder
 from .arguments import create_parser
 from .benchmark import count_multiply_adds
 from .checkpoints import is_finished, open_folder
+from .engine import handle_signals
 from .results import format_table, read_csv, write_csv, write_text
 
 _logger = logging.getLogger('train')
@@ -63,11 +63,8 @@ def load_config(name: str, smoke: bool = False) -> Dict[str, Any]:
 def run(command: List[str]) -> None:
     """Run a training to its end; a signal that asks this process to end is handed on."""
     process = subprocess.Popen(command)
-    numbers = signal.SIGTERM, signal.SIGINT
-    handlers = [signal.signal(number, lambda number, _: process.send_signal(number)) for number in numbers]
-    status = process.wait()
-    for number, handler in zip(numbers, handlers):
-        signal.signal(number, handler)
+    with handle_signals(process.send_signal):
+        status = process.wait()
     if status:
         sys.exit(status)
 
