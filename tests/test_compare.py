@@ -168,7 +168,7 @@ def test_errors_of_validate(digits_folder, tmp_path):
     cut_short = tmp_path / 'last.pth.tar'
     cut_short.write_bytes((digits_folder / 'last.pth.tar').read_bytes()[:100_000])
     for args, word in ((['no_such_model'], 'no_such_model'),
-                       (['plainnet18'], 'no folder, checkpoint or pretrained model plainnet18'),
+                       (['plainnet18'], 'plainnet18 comes without weights'),
                        ([str(cut_short)], str(cut_short)), ([str(digits_folder), '--val-split', 'test'], 'validation')):
         with pytest.raises(SystemExit) as error:
             validate.main([*args, '--dataset', 'digits', '--workers', '0', '--img-size', '16'])
