@@ -16,7 +16,7 @@ from .build import Process, set_up_process
 from .datasets import BadImageError, check_classes, count_bad_images, open_dataset
 from .engine import validate
 from .loading import create_eval_loader
-from .results import format_table, write_csv
+from .results import format_head, format_row, write_csv
 
 _logger = logging.getLogger('train')
 
@@ -69,10 +69,10 @@ def main(argv: Optional[List[str]] = None) -> None:
                 row = dict(model=name, size=f'{height}x{width}', **measured)
                 if process.primary and not rows:
                     print(f'On {row["images"]:,} images:\n')
-                    print(format_table([['model', 'size', 'top-1, %', 'top-5, %', 'loss']]), end='')
+                    print(format_head(['model', 'size', 'top-1, %', 'top-5, %', 'loss']))
                 if process.primary:
-                    print(f'| {name} | {row["size"]} | {row["top1"]:.2f} | {row["top5"]:.2f} | {row["loss"]:.4f} |',
-                          flush=True)
+                    numbers = f'{row["top1"]:.2f}', f'{row["top5"]:.2f}', f'{row["loss"]:.4f}'
+                    print(format_row([name, row['size'], *numbers]), flush=True)
                 rows.append(row)
         if args.csv and process.primary:
             write_csv(args.csv, rows)
