@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from timm.data import resolve_input_data_config
 from timm.models import safe_model_name
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import NativeScaler, distribute_bn, random_seed
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.nn.parallel import DistributedDataParallel
@@ -18,15 +19,7 @@ from torch.utils.data import Dataset
 
 import timm_dresnet
 
-from .build import (
-    Process,
-    computes_bfloat16,
-    create_model,
-    create_optimizer,
-    create_schedule,
-    create_task,
-    set_up_process,
-)
+from .build import Process, computes_bfloat16, create_model, create_optimizer, create_task, set_up_process
 from .checkpoints import Checkpoints, find_folder, is_finished, lock_folder, newest, open_folder, restore
 from .datasets import BadImageError, check_classes, class_names, count_bad_images, open_dataset
 from .engine import Run, Stopped, count_updates, handle_signals, train_one_epoch, validate
@@ -127,7 +120,8 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     task = create_task(args, model, process)
     task.progress.update(images=batch_size * process.world_size, classes=class_names(train_set))
     optimizer = create_optimizer(args, model, process.world_size)
-    lr_scheduler, num_epochs = create_schedule(args, optimizer, count_updates(len(loader), args))
+    lr_scheduler, num_epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(args), updates_per_epoch=count_updates(len(loader), args))
     if process.primary and process.device.type == 'cpu' and not args.amp and computes_bfloat16():
         _logger.info('This CPU trains faster in bfloat16: --amp --amp-dtype bfloat16.')
     scaled = args.amp and args.amp_dtype == 'float16' and process.device.type == 'cuda'
@@ -236,12 +230,11 @@ def prune(run: Run, pairs: List[Tuple[int, int]]) -> None:
     model = run.networks[0]
     task.progress['pruned'] = pairs
     before = run.optimizer
-    run.optimizer = create_optimizer(run.args, model, run.process.world_size)
+    run.optimizer = run.lr_scheduler.optimizer = create_optimizer(run.args, model, run.process.world_size)
     old, new = (getattr(optimizer, '_base_optimizer', optimizer) for optimizer in (before, run.optimizer))  # Lookahead
     new.state.update({p: old.state[p] for p in model.parameters() if p in old.state})
     for group, old_group in zip(new.param_groups, old.param_groups):  # numbers of steps, of some optimizers
         group.update({key: value for key, value in old_group.items() if key not in group})
-    run.lr_scheduler, _ = create_schedule(run.args, run.optimizer, count_updates(len(run.loader), run.args))
     set_schedule(run)
 
 
