@@ -12,6 +12,7 @@ import torch.distributed as dist
 from timm.data import resolve_input_data_config
 from timm.models import safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import NativeScaler, distribute_bn, random_seed
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.nn.parallel import DistributedDataParallel
@@ -20,7 +21,7 @@ from torch.utils.data import Dataset
 import timm_dresnet
 
 from .build import Process, computes_bfloat16, create_model, create_optimizer, create_task, set_up_process
-from .checkpoints import Checkpoints, find_folder, is_finished, lock_folder, newest, open_folder, restore
+from .checkpoints import Checkpoints, find_folder, is_finished, lock_folder, newest, open_folder
 from .datasets import BadImageError, check_classes, class_names, count_bad_images, open_dataset
 from .engine import Run, Stopped, count_updates, handle_signals, train_one_epoch, validate
 from .loading import create_eval_loader, create_train_loader, train_batch_size
@@ -248,11 +249,19 @@ def set_schedule(run: Run) -> None:
 
 def resume(run: Run, checkpoint: Path) -> None:
     """Set everything to where a checkpoint was written."""
+    if not checkpoint.is_file():
+        raise ValueError(f'{checkpoint} is not on this machine: --output must be a folder that all machines share.')
     progress, accum_steps = run.task.progress, run.args.grad_accum_steps
     images, classes = progress['images'], progress['classes']
     if pruned := load_checkpoint_metadata(checkpoint)['task_state'].get('pruned'):
         prune(run, pruned)
-    restore(checkpoint, run.task, run.optimizer, run.loss_scaler)
+    try:
+        resume_task_checkpoint(run.task, str(checkpoint), run.optimizer, run.loss_scaler, log_info=False)
+        if run.task.has_ema():
+            load_task_ema_checkpoint(run.task, str(checkpoint))
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        reason = f'{type(e).__name__}: {e}'.splitlines()[0]
+        raise ValueError(f'{checkpoint} does not fit this run ({reason[:300]}), use another --experiment.') from e
     if progress['classes'] != classes:
         odd = sorted({*progress['classes']} ^ {*classes}) or ['the same in another order']
         raise ValueError(f'{checkpoint} was trained with other classes than the data set has ({", ".join(odd[:5])}): '
