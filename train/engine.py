@@ -77,7 +77,7 @@ class Run:
 
 
 def count_updates(num_batches: int, args: argparse.Namespace) -> int:
-    """Number of optimizer steps in an epoch; the last may take fewer batches."""
+    """Number of optimizer steps that batches of an epoch make; the last step may take fewer of them."""
     return -(-num_batches // args.grad_accum_steps)
 
 
@@ -102,7 +102,7 @@ def train_one_epoch(run: Run) -> Dict[str, Optional[float]]:
     epoch, start = progress['epoch'], progress['batch']
     remainder = num_batches % accum_steps
     first_update = epoch * count_updates(num_batches, args)
-    num_updates = first_update + start // accum_steps
+    num_updates = first_update + count_updates(start, args)
     run.loader.loader.set_epoch(epoch, start)
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
         run.loader.mixup_enabled = False

@@ -242,7 +242,7 @@ def prune(run: Run, pairs: List[Tuple[int, int]]) -> None:
 def set_schedule(run: Run) -> None:
     """Set the learning rate to that of the next update."""
     progress, args = run.task.progress, run.args
-    updates = progress['epoch'] * count_updates(len(run.loader), args) + progress['batch'] // args.grad_accum_steps
+    updates = progress['epoch'] * count_updates(len(run.loader), args) + count_updates(progress['batch'], args)
     run.lr_scheduler.step(progress['epoch'])
     run.lr_scheduler.step_update(updates)
 
