@@ -31,10 +31,6 @@ _HERE = Path(__file__).parent
 _PICTURES = {'acc.png': ('top-1 accuracy, %', 'eval_top1'), 'loss.png': ('loss', 'eval_loss')}
 
 
-def _slug(name: str) -> str:
-    return re.sub(r'\W+', '-', name.lower()).strip('-')
-
-
 def load_config(name: str, smoke: bool = False) -> Dict[str, Any]:
     """Read a comparison, and for each of its models the whole recipe.
 
@@ -246,7 +242,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     runs: Dict[str, List[Path]] = {}
     for seed in seeds:  # all models of one seed first: a comparison that is stopped has something to compare
         for model, recipe in models.items():
-            experiment = f'{_slug(model)}-seed{seed}'
+            slug = re.sub(r'\W+', '-', model.lower()).strip('-')
+            experiment = f'{slug}-seed{seed}'
             if not is_finished(folder / experiment):
                 _logger.info(f'{model}, seed {seed}')
                 path = folder / f'{experiment}.yaml'

@@ -158,8 +158,8 @@ def create_train_loader(
 ) -> PrefetchLoader:
     """Loader of the training split, whose `loader` is the `EpochLoader` that epochs are set on.
 
-    timm's loader has the transforms, random erasing and the way to the device. Its batches, whose order and random
-    numbers would not be the same in every run, are replaced.
+    timm's `create_loader` sets transforms, random erasing and prefetching up. Its `DataLoader` is replaced by one that
+    can begin at any batch.
     """
     is_stream = not isinstance(dataset, Images)
     for option, given in (('--train-img-sizes', args.train_img_sizes), ('--aug-repeats', args.aug_repeats)):
