@@ -9,6 +9,7 @@ import pytest
 import timm
 import yaml
 from PIL import Image
+from timm.models import save_for_hf
 
 from conftest import ROOT, rows
 from timm_dresnet.resnet import CIFAR10_MEAN
@@ -96,6 +97,16 @@ def test_comparison_at_equal_cost(tmp_path):
     for families, drawn in (([['Res'], ['Dynamic']], False), ([['Res', 'Res, longer'], ['Dynamic']], True)):
         compare.draw_cost(lines, families, tmp_path)
         assert (tmp_path / 'cost.png').exists() == drawn
+
+
+def test_a_run_without_a_speed(tmp_path):
+    """Whose only epoch was stopped in validation."""
+    save_for_hf(timm.create_model('test_resnet'), tmp_path, safe_serialization=True)
+    (tmp_path / 'summary.csv').write_text('epoch,train_images_per_second,eval_top1\n0,,50.0\n')
+    line = compare.summarize('Res', [tmp_path])
+    compare.compare_cost([line], ['Res'])
+    compare.write_table([line], tmp_path)
+    assert (tmp_path / 'comparison.md').read_text().endswith('| 50.00 | 50.00 | 1 | 1 | nan |  |\n')
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ command.
 """
 import argparse
 import logging
+import math
 import re
 import statistics
 import subprocess
@@ -80,7 +81,7 @@ def summarize(name: str, folders: List[Path]) -> Dict[str, Any]:
         'best_top1_std': statistics.stdev(best) if len(best) > 1 else None,
         'last_top1': statistics.mean(last),
         'last_top1_std': statistics.stdev(last) if len(last) > 1 else None,
-        'images_per_second': statistics.median(speeds),
+        'images_per_second': statistics.median(speeds or [math.nan]),
         'epochs': len(histories[0]),
         'seeds': len(folders),
     }
