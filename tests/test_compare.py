@@ -8,6 +8,7 @@ import sys
 import pytest
 import timm
 import yaml
+from timm.models import save_for_hf
 
 from conftest import ROOT, rows
 from test_data import write_digits
@@ -94,6 +95,16 @@ def test_comparison_at_equal_cost(tmp_path):
         assert (tmp_path / 'cost.png').exists() == drawn
 
 
+def test_a_run_without_a_speed(tmp_path):
+    """Whose only epoch was stopped in validation."""
+    save_for_hf(timm.create_model('test_resnet'), tmp_path, safe_serialization=True)
+    (tmp_path / 'summary.csv').write_text('epoch,train_images_per_second,eval_top1\n0,,50.0\n')
+    line = compare.summarize('Res', [tmp_path])
+    compare.compare_cost([line], ['Res'])
+    compare.write_table([line], tmp_path)
+    assert (tmp_path / 'comparison.md').read_text().endswith('| 50.00 | 50.00 | 1 | 1 | nan |  |\n')
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [path.stem for path in (ROOT / 'train' / 'comparisons').glob('*.yaml')])
 def test_smoke(name, tmp_path):
@@ -160,7 +171,7 @@ def test_errors_of_validate(digits_folder, tmp_path):
     cut_short = tmp_path / 'last.pth.tar'
     cut_short.write_bytes((digits_folder / 'last.pth.tar').read_bytes()[:100_000])
     for args, word in ((['no_such_model'], 'no_such_model'),
-                       (['plainnet18'], 'no folder, checkpoint or pretrained model plainnet18'),
+                       (['plainnet18'], 'plainnet18 comes without weights'),
                        ([str(cut_short)], str(cut_short)), ([str(digits_folder), '--val-split', 'test'], 'validation')):
         with pytest.raises(SystemExit) as error:
             validate.main([*args, '--dataset', 'digits', '--workers', '0', '--img-size', '16'])

@@ -4,11 +4,14 @@ import re
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import load_file
 
 from conftest import ROOT, rows
+from test_train import train
+from train.engine import Stopped
 
 # random numbers everywhere: in loading processes, in erasing, in the model; a moving average with warm-up; connections
 # that are pruned before the second epoch
@@ -72,3 +75,14 @@ def test_stopped_and_resumed(uninterrupted, tmp_path):
     assert re.search('Resuming from .*recovery', log)
     assert_same(tmp_path / 'digits', uninterrupted)
     assert [path.name for path in tmp_path.iterdir()] == ['digits']
+
+
+def test_stopped_in_validation(tmp_path, monkeypatch):
+    """After a last update of fewer batches, by which the learning rate follows."""
+    args = ['--model', 'test_dresnet', '--grad-accum-steps', 3, '--deterministic']
+    expected = train(tmp_path / 'whole', *args)
+    with monkeypatch.context() as patch:
+        patch.setattr('train.run.validate', Mock(side_effect=Stopped(signal.SIGTERM)))
+        with pytest.raises(SystemExit):
+            train(tmp_path, *args)
+    assert_same(train(tmp_path, *args), expected)

@@ -19,6 +19,7 @@ from train.__main__ import main
 from train.arguments import parse_args
 from train.checkpoints import newest
 from train.datasets import Digits
+from train.run import resume
 
 RECIPE = ROOT / 'train' / 'recipes' / 'digits.yaml'
 
@@ -207,6 +208,11 @@ def test_checkpoint_of_another_run(digits_folder, tmp_path):
     with pytest.raises(SystemExit, match='pth.tar does not fit this run') as error:
         train(tmp_path, '--model', 'test_dresnet', '--epochs', 1)
     assert len(error.value.code) < 1000 and '\n' not in error.value.code
+
+
+def test_checkpoint_on_another_machine(tmp_path):
+    with pytest.raises(ValueError, match='last.pth.tar is not on this machine: --output'):
+        resume(Mock(), tmp_path / 'last.pth.tar')
 
 
 def test_loss_that_is_not_finite(tmp_path):

@@ -7,7 +7,6 @@ import argparse
 import copy
 import gc
 import itertools
-import json
 import os
 import platform
 import re
@@ -33,7 +32,7 @@ from timm_dresnet.folding import fold_norms
 
 from .arguments import positive
 from .build import check_model_name, set_up_process
-from .results import format_table, write_text
+from .results import format_head, format_row
 
 _PAIRS = [('dresnet18', 'resnet18'), ('adaresnet50', 'resnet50'), ('dresnet50', 'resnet50')]
 _ALL = [('adaresnet50', 'resnet50'), *((f'dresnet{depth}', f'resnet{depth}') for depth in (18, 34, 50, 101))]
@@ -201,36 +200,27 @@ def measure(pair: Pair, args: argparse.Namespace, device: torch.device) -> Dict[
     return dict(input=[pair.batch_size, *size], variants=results)
 
 
-def format_report(report: Dict[str, Any]) -> str:
-    """A report as Markdown: baselines in numbers, models as ratios to them, as they are and as prepared."""
-    def cell(key: str, of: Dict[str, Any], variant: Optional[Dict[str, Any]], batch_size: int) -> str:
+def table_rows(result: Dict[str, Any]) -> List[List[str]]:
+    """What `measure` returns as rows: baselines in numbers, models as ratios to them, as they are and as prepared."""
+    def cell(key: str, of: Dict[str, Any], variant: Optional[Dict[str, Any]]) -> str:
         if key not in of or variant is not None and key not in variant:
             return ''
         if variant is None:
-            return _COLUMNS[key][1](np.median(of[key]), batch_size)
+            return _COLUMNS[key][1](np.median(of[key]), result['input'][0])
         if isinstance(of[key], list):
             ratios = np.divide(variant[key], of[key])
             return '{1:.2f} ({0:.2f} to {2:.2f})'.format(*np.quantile(ratios, [0.25, 0.5, 0.75]))
         return f'{variant[key] / of[key]:.3f}'
 
-    rows = [['model', 'of', 'input', *(head for head, _ in _COLUMNS.values())]]
-    for result in report['results']:
-        for role, of in ((None, 'baseline'), (None, 'prepared_baseline'), ('model', 'baseline'),
-                         ('prepared_model', 'baseline'), ('prepared_model', 'prepared_baseline')):
-            baseline, variant = result['variants'].get(of), result['variants'].get(role)
-            if baseline and (variant or role is None):
-                names = [variant['name'], baseline['name']] if variant else [baseline['name'], '']
-                cells = [cell(key, baseline, variant, result['input'][0]) for key in _COLUMNS]
-                rows.append([*names, 'x'.join(map(str, result['input'])), *cells])
-    setup = '; '.join(f'{key}: {value}' for key, value in report['setup'].items())
-    return f"""`{report["command"]}`
-
-{setup}
-
-Baselines in numbers, models as ratios to them: 1.10 is 10 % more time for the same images, or 10 % more of anything \
-else. Of times, the median over the rounds and, in brackets, the quartiles.
-
-{format_table(rows)}"""
+    rows = []
+    for role, of in ((None, 'baseline'), (None, 'prepared_baseline'), ('model', 'baseline'),
+                     ('prepared_model', 'baseline'), ('prepared_model', 'prepared_baseline')):
+        baseline, variant = result['variants'].get(of), result['variants'].get(role)
+        if baseline and (variant or role is None):
+            names = [variant['name'], baseline['name']] if variant else [baseline['name'], '']
+            cells = [cell(key, baseline, variant) for key in _COLUMNS]
+            rows.append([*names, 'x'.join(map(str, result['input'])), *cells])
+    return rows
 
 
 def describe(args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
@@ -269,8 +259,6 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--compile', action='store_true', help='torch.compile the models')
     parser.add_argument('--cuda-graphs', action='store_true', help='with CUDA graphs; peak memory is not measured')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write all that was measured, times of every round')
-    parser.add_argument('--md', type=Path, metavar='FILE', help='write what is printed')
     parser.set_defaults(deterministic=False)
     args = parser.parse_args(argv)
     args.compile |= args.cuda_graphs
@@ -294,17 +282,21 @@ def main(argv: Optional[List[str]] = None) -> None:
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # all variants share the code that is compiled for each of them
     command = shlex.join(['python', '-m', 'train.benchmark', *argv])
-    report: Dict[str, Any] = dict(command=command, setup=describe(args, device), results=[])
+    setup = '; '.join(f'{key}: {value}' for key, value in describe(args, device).items())
+    print(f"""`{command}`
+
+{setup}
+
+Baselines in numbers, models as ratios to them: 1.10 is 10 % more time for the same images, or 10 % more of anything \
+else. Of times, the median over the rounds and, in brackets, the quartiles.
+""")
+    print(format_head(['model', 'of', 'input', *(head for head, _ in _COLUMNS.values())]))
     for pair in pairs:
-        report['results'].append(measure(pair, args, device))
+        for row in table_rows(measure(pair, args, device)):
+            print(format_row(row), flush=True)
         gc.collect()
         if args.compile:
             torch.compiler.reset()
-        if args.json:
-            write_text(args.json, json.dumps(report, indent=1))
-        if args.md:
-            write_text(args.md, format_report(report))
-    print(format_report(report), end='')
 
 
 if __name__ == '__main__':

@@ -1,16 +1,14 @@
-"""What a run is made of: device, model, task, optimizer and schedule, from its arguments."""
+"""What a run is made of: device, model, task and optimizer, from its arguments."""
 import argparse
 import difflib
 import os
 from dataclasses import dataclass
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional
 
 import timm
 import torch
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask
 from timm.utils import is_distributed_env
 from timm.utils.distributed import init_distributed_device_so
@@ -167,12 +165,3 @@ def create_optimizer(args: argparse.Namespace, model: torch.nn.Module, world_siz
         return create_optimizer_v2(model, **{**kwargs, **args.opt_kwargs})
     except TypeError as e:
         raise ValueError(f'{args.opt} does not take all of --opt-kwargs {args.opt_kwargs}: {e}') from e
-
-
-def create_schedule(
-        args: argparse.Namespace,
-        optimizer: torch.optim.Optimizer,
-        updates_per_epoch: int,
-) -> Tuple[Scheduler, int]:
-    """The schedule of the learning rate, and the number of epochs with warm-up and cool-down."""
-    return create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)

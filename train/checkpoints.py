@@ -6,11 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
-import torch
 import yaml
 from filelock import FileLock, Timeout
-from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
-from timm.utils import CheckpointSaver, NativeScaler
+from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from timm_dresnet.folders import atomic_folder, replace
@@ -130,21 +128,3 @@ class Checkpoints(CheckpointSaver):
         if progress['batch'] == 0 and self.best_epoch == progress['epoch'] - 1:
             if not (best.exists() and best.samefile(path)):
                 self._duplicate(str(path), str(best))
-
-
-def restore(
-        path: Path,
-        task: TrainingTask,
-        optimizer: torch.optim.Optimizer,
-        loss_scaler: Optional[NativeScaler] = None,
-) -> None:
-    """Load model, moving average, optimizer, loss scaler and progress."""
-    if not path.is_file():
-        raise ValueError(f'{path} is not on this machine: --output must be a folder that all machines share.')
-    try:
-        resume_task_checkpoint(task, str(path), optimizer, loss_scaler, log_info=False)
-        if task.has_ema():
-            load_task_ema_checkpoint(task, str(path))
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        reason = f'{type(e).__name__}: {e}'.splitlines()[0]
-        raise ValueError(f'{path} does not fit this run ({reason[:300]}), use another --experiment.') from e

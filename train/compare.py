@@ -5,8 +5,8 @@ command.
 """
 import argparse
 import logging
+import math
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -15,7 +15,6 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import yaml
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from timm.utils import setup_default_logging
@@ -25,15 +24,12 @@ from timm_dresnet.folders import atomic_folder
 from .arguments import create_parser
 from .benchmark import count_multiply_adds
 from .checkpoints import is_finished, open_folder
-from .results import format_table, read_csv, write_csv, write_text
+from .engine import handle_signals
+from .results import format_head, format_row, read_csv, write_csv
 
 _logger = logging.getLogger('train')
 _HERE = Path(__file__).parent
 _PICTURES = {'acc.png': ('top-1 accuracy, %', 'eval_top1'), 'loss.png': ('loss', 'eval_loss')}
-
-
-def _slug(name: str) -> str:
-    return re.sub(r'\W+', '-', name.lower()).strip('-')
 
 
 def load_config(name: str, smoke: bool = False) -> Dict[str, Any]:
@@ -63,11 +59,8 @@ def load_config(name: str, smoke: bool = False) -> Dict[str, Any]:
 def run(command: List[str]) -> None:
     """Run a training to its end; a signal that asks this process to end is handed on."""
     process = subprocess.Popen(command)
-    numbers = signal.SIGTERM, signal.SIGINT
-    handlers = [signal.signal(number, lambda number, _: process.send_signal(number)) for number in numbers]
-    status = process.wait()
-    for number, handler in zip(numbers, handlers):
-        signal.signal(number, handler)
+    with handle_signals(process.send_signal):
+        status = process.wait()
     if status:
         sys.exit(status)
 
@@ -88,7 +81,7 @@ def summarize(name: str, folders: List[Path]) -> Dict[str, Any]:
         'best_top1_std': statistics.stdev(best) if len(best) > 1 else None,
         'last_top1': statistics.mean(last),
         'last_top1_std': statistics.stdev(last) if len(last) > 1 else None,
-        'images_per_second': statistics.median(speeds),
+        'images_per_second': statistics.median(speeds or [math.nan]),
         'epochs': len(histories[0]),
         'seeds': len(folders),
     }
@@ -97,10 +90,8 @@ def summarize(name: str, folders: List[Path]) -> Dict[str, Any]:
 def break_even(points: List[Tuple[int, float]], epochs: int, accuracy: float) -> str:
     """Factor by which a training of so many epochs has to be lengthened until it reaches an accuracy.
 
-    Args:
-        points: Numbers of epochs that were tried, and the accuracies after them.
-        epochs: Number of epochs that the factor is relative to.
-        accuracy: Accuracy to reach, interpolated linearly over the logarithm of epochs.
+    `points` are numbers of epochs that were tried, and the accuracies after them. Between two of them, accuracy is
+    interpolated linearly over the logarithm of epochs.
     """
     points = sorted(points)
     if accuracy <= points[0][1]:
@@ -112,11 +103,9 @@ def break_even(points: List[Tuple[int, float]], epochs: int, accuracy: float) ->
 
 
 def compare_cost(lines: List[Dict[str, Any]], baseline: List[str]) -> None:
-    """Add to the lines of a table what each model costs, and what it is worth, in trainings of the first model.
+    """Add to the lines of the table what an image takes in training, ``time``, and what it is worth, ``break_even``.
 
-    Args:
-        lines: Lines of models; ``time`` of an image in training, and the ``break_even`` are added.
-        baseline: Names of the first model and of those that differ from it in their number of epochs alone.
+    Both are relative to `baseline`: the first model, and those that differ from it in their number of epochs alone.
     """
     points = [(line['epochs'], line['last_top1']) for line in lines if line['model'] in baseline]
     for line in lines:
@@ -134,10 +123,10 @@ def write_table(lines: List[Dict[str, Any]], folder: Path) -> None:
         return f'{line[key]:.2f}' + (f' ± {std:.2f}' if std is not None else '')
 
     write_csv(folder / 'comparison.csv', lines)
-    rows = [['model', 'parameters', 'multiply-adds', 'best top-1, %', 'last top-1, %', 'epochs', 'seeds',
-             'time', 'break-even']]
+    table = [format_head(['model', 'parameters', 'multiply-adds', 'best top-1, %', 'last top-1, %', 'epochs', 'seeds',
+                          'time', 'break-even'])]
     for line in lines:
-        rows.append([
+        table.append(format_row([
             line['model'],
             f'{line["parameters"]:,}',
             f'{line["multiply_adds"] / 1e6:,.1f} M',
@@ -147,8 +136,9 @@ def write_table(lines: List[Dict[str, Any]], folder: Path) -> None:
             str(line['seeds']),
             f'{line["time"]:.2f}',
             line['break_even'] or '',
-        ])
-    write_text(folder / 'comparison.md', format_table(rows))
+        ]))
+    with atomic_folder(folder) as new:
+        (new / 'comparison.md').write_text('\n'.join([*table, '']), encoding='utf-8')
 
 
 def _curve(folders: List[Path], column: str) -> List[List[float]]:
@@ -172,7 +162,7 @@ def draw(runs: Dict[str, List[Path]], folder: Path) -> None:
     for picture, (label, column) in _PICTURES.items():
         curves = {model: _curve(folders, column) for model, folders in runs.items()}
         last = {name: mean[-1] for name, (_, mean, _, _) in curves.items()}
-        colors = {name: colormaps['tab10'](i % 10) for i, name in enumerate(curves)}
+        colors = {name: f'C{i}' for i, name in enumerate(curves)}
         names = sorted(curves, key=lambda name: -last[name])
         means = [value for _, mean, _, _ in curves.values() for value in mean]
         best = (max if picture == 'acc.png' else min)(last.values())
@@ -197,10 +187,7 @@ def draw(runs: Dict[str, List[Path]], folder: Path) -> None:
 def draw_cost(lines: List[Dict[str, Any]], families: List[List[str]], folder: Path) -> None:
     """Draw `cost.png`, accuracy over the time of training, if a family was trained for several numbers of epochs.
 
-    Args:
-        lines: Lines of the table.
-        families: Names of models that differ in their number of epochs alone.
-        folder: Where to write.
+    A family is the names of models that differ in their number of epochs alone.
     """
     if all(len({line['epochs'] for line in lines if line['model'] in family}) < 2 for family in families):
         return
@@ -256,7 +243,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     runs: Dict[str, List[Path]] = {}
     for seed in seeds:  # all models of one seed first: a comparison that is stopped has something to compare
         for model, recipe in models.items():
-            experiment = f'{_slug(model)}-seed{seed}'
+            slug = re.sub(r'\W+', '-', model.lower()).strip('-')
+            experiment = f'{slug}-seed{seed}'
             if not is_finished(folder / experiment):
                 _logger.info(f'{model}, seed {seed}')
                 path = folder / f'{experiment}.yaml'

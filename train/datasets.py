@@ -102,7 +102,7 @@ class Images(Dataset):
             name = getattr(self.dataset, 'samples', {index: [None]})[index][0]  # torchvision's ImageFolder
         return name or f'image {index} of {type(self.dataset).__name__}'
 
-    def _read(self, index: int) -> Tuple[Image.Image, Any]:
+    def _read(self, index: int) -> Optional[Tuple[Image.Image, Any]]:
         # ImageDataset.__getitem__ would log an unreadable image and return another
         reader = getattr(self.dataset, 'reader', self.dataset)
         try:
@@ -114,18 +114,15 @@ class Images(Dataset):
             return convert_image(image, self.mode), target
         except Exception as e:  # damaged files make PIL raise nearly anything
             self.bad[index] = True
+            if self.skip_bad:
+                return None
             reason = f'{type(e).__name__}: {" ".join(str(e).split())}'
             raise BadImageError(
                 f'{self._name(index)} cannot be read ({reason}). Repair or remove it, or add --bad-images skip.') from e
 
     def _decode_all(self) -> None:
         def decode(index: int) -> Tuple[np.ndarray, Any]:
-            try:
-                image, target = self._read(index)
-            except BadImageError:
-                if not self.skip_bad:
-                    raise
-                image, target = Image.new(self.mode, (0, 0)), None
+            image, target = self._read(index) or (Image.new(self.mode, (0, 0)), None)
             return np.asarray(image), target
 
         with ThreadPoolExecutor() as pool:
@@ -137,22 +134,20 @@ class Images(Dataset):
         self.decoded = torch.empty(int(self.starts[-1]), dtype=torch.uint8).share_memory_()
         np.concatenate([array.reshape(-1) for array in pixels], out=self.decoded.numpy())
 
-    def _get(self, index: int) -> Tuple[Image.Image, Any]:
+    def _get(self, index: int) -> Optional[Tuple[Image.Image, Any]]:
         if self.decoded is None:
             return self._read(index)
         if self.bad[index]:
-            raise BadImageError(f'{self._name(index)} cannot be read.')
+            return None
         pixels = self.decoded.numpy()[self.starts[index]:self.starts[index + 1]]
         return Image.fromarray(pixels.reshape(self.shapes[index])), self.targets[index]
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         for candidate in range(index, index + len(self)):
-            try:
-                image, target = self._get(candidate % len(self))
-            except BadImageError:
-                if not self.skip_bad:
-                    raise
+            sample = self._get(candidate % len(self))
+            if sample is None:
                 continue
+            image, target = sample
             if candidate != index and not self.is_training:
                 target = UNREADABLE
             return image if self.transform is None else self.transform(image), -1 if target is None else target

@@ -5,9 +5,9 @@ import math
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,8 @@ import torch.nn as nn
 from timm.data.loader import PrefetchLoader
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
-from timm.utils import NativeScaler, dispatch_clip_grad
+from timm.utils import NativeScaler, dispatch_clip_grad, unwrap_model
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .build import Process, Task
@@ -33,29 +34,24 @@ class Stopped(Exception):
         self.number = number
 
 
-class Stop:
-    """Notes a signal to end, within a `with` statement, so that training ends where it can resume from."""
-
-    def __init__(self) -> None:
-        self.signal = None
-
-    def __enter__(self) -> 'Stop':
-        self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.handlers.items():
+@contextmanager
+def handle_signals(handle: Callable[[int], Any]) -> Iterator[None]:
+    """Call a function with the number of each signal that asks the program to end, instead of ending it."""
+    numbers = signal.SIGTERM, signal.SIGINT
+    handlers = [signal.signal(number, lambda number, _: handle(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.signal = int(number)
 
 
 @dataclass
-class TrainState:
-    """What an epoch of training needs.
+class Run:
+    """What is built for a run that is not finished.
 
     Attributes:
+        signals: Those that have asked for its end.
         save: Writes a checkpoint from inside the epoch.
     """
     args: argparse.Namespace
@@ -64,13 +60,24 @@ class TrainState:
     loader: PrefetchLoader
     optimizer: torch.optim.Optimizer
     lr_scheduler: Scheduler
-    loss_scaler: Optional[NativeScaler] = None
-    stop: Stop = field(default_factory=Stop)
+    loss_scaler: Optional[NativeScaler]
+    num_epochs: int
+    train_set: Dataset
+    eval_set: Dataset
+    eval_loader: PrefetchLoader
+    data_config: Dict[str, Any]
+    signals: List[int] = field(default_factory=list)
     save: Callable[[], None] = lambda: None
+
+    @property
+    def networks(self) -> List[nn.Module]:
+        """The network that is trained and, with `--model-ema`, its moving average. The last one is the result."""
+        modules = (self.task.get_trainable_module(ema=ema) for ema in (False, True))
+        return [unwrap_model(module) for module in modules if module is not None]
 
 
 def count_updates(num_batches: int, args: argparse.Namespace) -> int:
-    """Number of optimizer steps in an epoch; the last may take fewer batches."""
+    """Number of optimizer steps that batches of an epoch make; the last step may take fewer of them."""
     return -(-num_batches // args.grad_accum_steps)
 
 
@@ -79,7 +86,7 @@ def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp)
 
 
-def train_one_epoch(state: TrainState) -> Dict[str, Optional[float]]:
+def train_one_epoch(run: Run) -> Dict[str, Optional[float]]:
     """Train for one epoch, or for what `task.progress` leaves of it.
 
     Returns:
@@ -88,17 +95,17 @@ def train_one_epoch(state: TrainState) -> Dict[str, Optional[float]]:
 
     Raises:
         FloatingPointError: If the loss is no longer finite, before anything is saved.
-        Stopped: If a signal has asked for it, after `state.save`.
+        Stopped: If a signal has asked for it, after `run.save`.
     """
-    args, process, task, optimizer = state.args, state.process, state.task, state.optimizer
-    progress, accum_steps, num_batches = task.progress, args.grad_accum_steps, len(state.loader)
+    args, process, task, optimizer = run.args, run.process, run.task, run.optimizer
+    progress, accum_steps, num_batches = task.progress, args.grad_accum_steps, len(run.loader)
     epoch, start = progress['epoch'], progress['batch']
     remainder = num_batches % accum_steps
     first_update = epoch * count_updates(num_batches, args)
-    num_updates = first_update + start // accum_steps
-    state.loader.loader.set_epoch(epoch, start)
+    num_updates = first_update + count_updates(start, args)
+    run.loader.loader.set_epoch(epoch, start)
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
-        state.loader.mixup_enabled = False
+        run.loader.mixup_enabled = False
     _set_training_mode(task.get_trainable_module())
     optimizer.zero_grad()
     second_order = getattr(optimizer, 'is_second_order', False)
@@ -110,7 +117,7 @@ def train_one_epoch(state: TrainState) -> Dict[str, Optional[float]]:
     first_images, begin = progress['totals'][2], time.perf_counter()
     last_read = begin
     bar = tqdm(
-        state.loader, f'epoch {epoch + 1}', num_batches, initial=start, unit='batch', leave=False,
+        run.loader, f'epoch {epoch + 1}', num_batches, initial=start, unit='batch', leave=False,
         disable=None if process.primary else True)
     for batch, (images, targets) in enumerate(bar, start):
         seed_everything(args.seed, process.rank, epoch, batch, 2)
@@ -122,16 +129,16 @@ def train_one_epoch(state: TrainState) -> Dict[str, Optional[float]]:
             with autocast(args, process.device):
                 result = task(images, targets)
             loss = result['loss'] / (remainder if num_batches - remainder <= batch < num_batches else accum_steps)
-            if state.loss_scaler is not None:
-                state.loss_scaler(
+            if run.loss_scaler is not None:
+                run.loss_scaler(
                     loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=clip_parameters,
                     need_update=need_update, create_graph=second_order)
             else:
                 loss.backward(create_graph=second_order)
-        if need_update and state.loss_scaler is None:
-            if args.clip_grad is not None:
-                dispatch_clip_grad(clip_parameters, value=args.clip_grad, mode=args.clip_mode)
-            optimizer.step()
+                if need_update:
+                    if args.clip_grad is not None:
+                        dispatch_clip_grad(clip_parameters, value=args.clip_grad, mode=args.clip_mode)
+                    optimizer.step()
 
         with torch.no_grad():
             labels = targets.argmax(1) if targets.ndim == 2 else targets
@@ -144,10 +151,10 @@ def train_one_epoch(state: TrainState) -> Dict[str, Optional[float]]:
         optimizer.zero_grad()
         num_updates += 1
         task.update_ema(step=num_updates)
-        state.lr_scheduler.step_update(num_updates=num_updates)
+        run.lr_scheduler.step_update(num_updates=num_updates)
         unread.append(sums)
         sums = torch.zeros_like(sums)
-        stopping = state.stop.signal is not None
+        stopping = bool(run.signals)
         log, recover = (bool(n) and num_updates % n == 0 for n in (args.log_interval, args.recovery_interval))
         if not (log or recover or batch + 1 == num_batches or len(unread) >= read_every
                 or stopping and not process.distributed):
@@ -180,9 +187,9 @@ def train_one_epoch(state: TrainState) -> Dict[str, Optional[float]]:
                 f'epoch {epoch + 1}  [{batch + 1}/{num_batches}]  loss {mean_loss:.4f}  lr {lr:.3g}  '
                 f'{speed:.0f} images/s  {left:.0f} s left in the epoch')
         if asked_to_stop or recover:
-            state.save()
+            run.save()
         if asked_to_stop:
-            raise Stopped(state.stop.signal or int(signal.SIGTERM))  # the signal may have come to another process
+            raise Stopped(run.signals[-1] if run.signals else signal.SIGTERM)  # another process may have got it
 
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
@@ -215,20 +222,23 @@ def validate(
         loader: PrefetchLoader,
         args: argparse.Namespace,
         process: Process,
-        stop: Optional[Stop] = None,
+        signals: Sequence[int] = (),
 ) -> Dict[str, float]:
     """Measure a model, over all processes, on the images that can be read.
 
     Returns:
         Cross-entropy ``loss``, and ``top1`` and ``top5`` accuracy in percent.
+
+    Raises:
+        Stopped: When a signal is added to `signals`.
     """
     model.eval()
     evaluator = ClassificationEvaluator(process.device)
     left = evaluation_sample_limit(loader)  # without those that fill the batches of several processes
     for images, targets in tqdm(
             loader, 'validate', unit='batch', leave=False, disable=None if process.primary else True):
-        if stop is not None and stop.signal is not None:
-            raise Stopped(stop.signal)
+        if signals:
+            raise Stopped(signals[-1])
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with autocast(args, process.device):

@@ -9,13 +9,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import numpy as np
 import torch
-from timm.data import (
-    FastCollateMixup,
-    ScheduledBatchSampler,
-    ScheduledTransformDataset,
-    create_loader,
-    create_transform,
-)
+from timm.data import FastCollateMixup, ScheduledBatchSampler, create_loader
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler
@@ -92,7 +86,7 @@ class EpochLoader(DataLoader):
         self.epoch, self.start = epoch, start
         if isinstance(self.batch_sampler, SeededBatchSampler):
             self.batch_sampler.set_epoch(epoch, start)
-        elif hasattr(self.dataset, 'set_epoch'):
+        else:
             self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
@@ -164,46 +158,61 @@ def create_train_loader(
 ) -> PrefetchLoader:
     """Loader of the training split, whose `loader` is the `EpochLoader` that epochs are set on.
 
-    It is put together from timm's parts, since `create_loader` takes no order of batches.
+    timm's `create_loader` sets transforms, random erasing and prefetching up. Its `DataLoader` is replaced by one that
+    can begin at any batch.
     """
-    collate_fn = _create_collate(args, num_classes)
-    loader_kwargs = dict(collate_fn=collate_fn, num_workers=args.workers, pin_memory=_pins_memory(args, process))
-    if isinstance(dataset, Images):
-        images = dataset
-        if args.train_img_sizes:
-            channels = data_config['input_size'][0]
-            transforms = [_create_transform(args, data_config, (channels, s, s)) for s in args.train_img_sizes]
-            images = ScheduledTransformDataset(dataset, transforms)
-        else:
-            dataset.transform = _create_transform(args, data_config, data_config['input_size'])
-        loader = EpochLoader(
-            SeededImages(images),
-            args.seed,
-            process.rank,
-            batch_sampler=SeededBatchSampler(_create_batch_sampler(args, dataset, process), args.seed, process.rank),
-            # Mixup ends in the processes that are started after it was switched off
-            persistent_workers=args.workers > 0 and not args.mixup_off_epoch,
+    is_stream = not isinstance(dataset, Images)
+    for option, given in (('--train-img-sizes', args.train_img_sizes), ('--aug-repeats', args.aug_repeats)):
+        if given and is_stream:
+            raise ValueError(f'{option} needs a map-style data set, {args.dataset} is a stream.')
+    interpolation = args.train_interpolation
+    if args.no_aug or not interpolation:
+        interpolation = data_config['interpolation']
+    batch_size = train_batch_size(args, dataset, process)
+    loader_kwargs = dict(
+        num_workers=args.workers,
+        collate_fn=_create_collate(args, num_classes),
+        pin_memory=_pins_memory(args, process),
+    )
+    try:
+        loader = create_loader(
+            dataset,
+            data_config['input_size'],
+            batch_size,
+            is_training=True,
+            no_aug=args.no_aug,
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+            train_crop_mode=args.train_crop_mode,
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            vflip=args.vflip,
+            color_jitter=args.color_jitter,
+            auto_augment=args.aa,
+            interpolation=interpolation,
+            mean=data_config['mean'],
+            std=data_config['std'],
+            device=process.device,
+            input_size_choices=args.train_img_sizes,
             **loader_kwargs,
         )
+    except AssertionError as e:  # timm's, of a policy that it does not know
+        raise ValueError(f'--aa {args.aa}: {e}') from e
+    if is_stream:
+        batches = dict(batch_size=batch_size, drop_last=True)
     else:
-        for option, given in (('--train-img-sizes', args.train_img_sizes), ('--aug-repeats', args.aug_repeats)):
-            if given:
-                raise ValueError(f'{option} needs a map-style data set, {args.dataset} is a stream.')
-        dataset.transform = _create_transform(args, data_config, data_config['input_size'])
-        dataset.set_loader_cfg(num_workers=args.workers)
-        loader = EpochLoader(
-            dataset, args.seed, process.rank, batch_size=args.batch_size, drop_last=True, **loader_kwargs)
-    _guard_workers(loader, args)
-    return PrefetchLoader(
-        loader,
-        mean=data_config['mean'],
-        std=data_config['std'],
-        channels=data_config['input_size'][0],
-        device=process.device,
-        re_prob=0. if args.no_aug else args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-    )
+        dataset = SeededImages(loader.dataset)
+        batch_sampler = _create_batch_sampler(args, dataset, batch_size, process)
+        batches = dict(
+            batch_sampler=SeededBatchSampler(batch_sampler, args.seed, process.rank),
+            # Mixup ends in the processes that are started after it was switched off
+            persistent_workers=args.workers > 0 and not args.mixup_off_epoch,
+        )
+    loader.loader = EpochLoader(dataset, args.seed, process.rank, **batches, **loader_kwargs)
+    _guard_workers(loader.loader, args)
+    return loader
 
 
 def _create_collate(args: argparse.Namespace, num_classes: int) -> Callable[[List[Any]], Any]:
@@ -221,29 +230,6 @@ def _create_collate(args: argparse.Namespace, num_classes: int) -> Callable[[Lis
     )
 
 
-def _create_transform(args: argparse.Namespace, data_config: Dict[str, Any], input_size: Tuple[int, ...]) -> Any:
-    interpolation = data_config['interpolation'] if args.no_aug else args.train_interpolation
-    try:
-        return create_transform(
-            input_size,
-            is_training=True,
-            no_aug=args.no_aug,
-            train_crop_mode=args.train_crop_mode,
-            scale=args.scale,
-            ratio=args.ratio,
-            hflip=args.hflip,
-            vflip=args.vflip,
-            color_jitter=args.color_jitter,
-            auto_augment=args.aa,
-            interpolation=interpolation or data_config['interpolation'],
-            mean=data_config['mean'],
-            std=data_config['std'],
-            use_prefetcher=True,
-        )
-    except AssertionError as e:  # timm's, of a policy that it does not know
-        raise ValueError(f'--aa {args.aa}: {e}') from e
-
-
 def train_batch_size(args: argparse.Namespace, dataset: Dataset, process: Process) -> int:
     """`--batch-size`, or less where more than a tenth of the images would be left over at the end of an epoch."""
     if not isinstance(dataset, Images) or args.aug_repeats:
@@ -256,8 +242,12 @@ def train_batch_size(args: argparse.Namespace, dataset: Dataset, process: Proces
     return max(2, size - size % 2)  # even, as Mixup needs
 
 
-def _create_batch_sampler(args: argparse.Namespace, dataset: Images, process: Process) -> Sampler:
-    batch_size = train_batch_size(args, dataset, process)
+def _create_batch_sampler(
+        args: argparse.Namespace,
+        dataset: Dataset,
+        batch_size: int,
+        process: Process,
+) -> Sampler:
     if args.aug_repeats:
         sampler = RepeatAugSampler(dataset, process.world_size, process.rank, num_repeats=args.aug_repeats)
     else:

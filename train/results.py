@@ -42,16 +42,14 @@ def write_csv(path: Path, rows: List[Dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with atomic_folder(path.parent) as new:
-        (new / path.name).write_text(text, encoding='utf-8')
+def format_row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
+    return f'| {" | ".join(cells)} |'
 
 
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Format rows as a Markdown table, the first as its head."""
-    rows = [rows[0], ['---'] * len(rows[0]), *rows[1:]]
-    return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+def format_head(cells: Sequence[str]) -> str:
+    """Its first two rows."""
+    return f'{format_row(cells)}\n{format_row(["---"] * len(cells))}'
 
 
 def has_connections(model: nn.Module) -> bool:
@@ -176,12 +174,7 @@ def save_results(
         data_config: Dict[str, Any],
         label_names: Optional[List[str]] = None,
 ) -> None:
-    """Write pictures, `config.json`, and last `model.safetensors`, which marks the run as finished.
-
-    Args:
-        folder: Where to write; holds the run's `summary.csv`, and `connections.csv` if it has any.
-        data_config: Input size and preprocessing that the model was trained with.
-    """
+    """Write pictures of the tables in a folder, `config.json`, and last `model.safetensors`: the run is finished."""
     for left_over in folder.glob('.new-*'):  # of a run that was killed
         shutil.rmtree(left_over)
     _draw(folder)

@@ -3,7 +3,6 @@ import argparse
 import copy
 import logging
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -11,27 +10,20 @@ import timm
 import torch
 import torch.distributed as dist
 from timm.data import resolve_input_data_config
-from timm.data.loader import PrefetchLoader
 from timm.models import safe_model_name
-from timm.utils import NativeScaler, distribute_bn, random_seed, unwrap_model
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import NativeScaler, distribute_bn, random_seed
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 import timm_dresnet
 
-from .build import (
-    Process,
-    computes_bfloat16,
-    create_model,
-    create_optimizer,
-    create_schedule,
-    create_task,
-    set_up_process,
-)
-from .checkpoints import Checkpoints, find_folder, is_finished, lock_folder, newest, open_folder, restore
+from .build import Process, computes_bfloat16, create_model, create_optimizer, create_task, set_up_process
+from .checkpoints import Checkpoints, find_folder, is_finished, lock_folder, newest, open_folder
 from .datasets import BadImageError, check_classes, class_names, count_bad_images, open_dataset
-from .engine import Stopped, TrainState, count_updates, train_one_epoch, validate
+from .engine import Run, Stopped, count_updates, handle_signals, train_one_epoch, validate
 from .loading import create_eval_loader, create_train_loader, train_batch_size
 from .results import Log, save_results
 from .validate import measure
@@ -41,31 +33,6 @@ _logger = logging.getLogger('train')
 
 class RunError(Exception):
     """A run has ended early; says why, and from which checkpoint it resumes."""
-
-
-@dataclass(kw_only=True)
-class Run(TrainState):
-    """What is built for a run that is not finished."""
-    num_epochs: int
-    train_set: Dataset
-    eval_set: Dataset
-    eval_loader: PrefetchLoader
-    data_config: Dict[str, Any]
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """The model that comes out: the one that is trained, or its moving average."""
-        return unwrap_model(self.task.get_trainable_module(ema=self.args.model_ema))
-
-    @property
-    def prune_epoch(self) -> Optional[int]:
-        """The epoch before which connections are pruned."""
-        return int(self.args.prune_connections[1] * self.num_epochs) if self.args.prune_connections else None
-
-    def wrap(self) -> None:
-        """Let the processes average their gradients."""
-        on_cpu = self.process.device.type == 'cpu'
-        self.task.prepare_distributed(device_ids=None if on_cpu else [self.process.device])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -154,7 +121,8 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     task = create_task(args, model, process)
     task.progress.update(images=batch_size * process.world_size, classes=class_names(train_set))
     optimizer = create_optimizer(args, model, process.world_size)
-    lr_scheduler, num_epochs = create_schedule(args, optimizer, count_updates(len(loader), args))
+    lr_scheduler, num_epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(args), updates_per_epoch=count_updates(len(loader), args))
     if process.primary and process.device.type == 'cpu' and not args.amp and computes_bfloat16():
         _logger.info('This CPU trains faster in bfloat16: --amp --amp-dtype bfloat16.')
     scaled = args.amp and args.amp_dtype == 'float16' and process.device.type == 'cuda'
@@ -208,28 +176,34 @@ def train(run: Run, folder: Path) -> None:
     if checkpoint is not None:
         resume(run, checkpoint)
     if process.distributed:
-        run.wrap()
-    with run.stop:  # before the log says that training begins
+        _average_gradients(run)
+    with handle_signals(run.signals.append):  # before the log says that training begins
         if process.primary:
             saver, log = _open_log(run, folder, checkpoint)
             run.save = lambda: saver.save_recovery(progress['epoch'], progress['batch'])
+        prune_epoch = int(args.prune_connections[1] * run.num_epochs) if args.prune_connections else None
         for epoch in range(progress['epoch'], run.num_epochs):
-            if epoch == run.prune_epoch and progress['pruned'] is None:
+            if epoch == prune_epoch and progress['pruned'] is None:
                 prune(run, choose_pruned(run))
                 if process.primary:
-                    saver.model, saver.optimizer = run.task.get_trainable_module(), run.optimizer
+                    saver.optimizer = run.optimizer
             train_metrics, eval_metrics = _train_and_validate(run)
             bad = count_bad_images([run.train_set, run.eval_set], process) if args.bad_images == 'skip' else 0
             rates = [group['lr'] for group in run.optimizer.param_groups]
             run.lr_scheduler.step(epoch + 1)
             progress.update(epoch=epoch + 1, batch=0, totals=[0., 0., 0.])
             if process.primary:
-                log.epoch(epoch, train_metrics, eval_metrics, sum(rates) / len(rates), run.model, bad)
+                log.epoch(epoch, train_metrics, eval_metrics, sum(rates) / len(rates), run.networks[-1], bad)
                 saver.save_checkpoint(epoch, metric=eval_metrics.get(args.eval_metric))
     if process.primary:
-        save_results(run.model, folder, run.data_config, class_names(run.eval_set))
+        save_results(run.networks[-1], folder, run.data_config, class_names(run.eval_set))
     if process.distributed:
         dist.barrier()
+
+
+def _average_gradients(run: Run) -> None:
+    on_cpu = run.process.device.type == 'cpu'
+    run.task.prepare_distributed(device_ids=None if on_cpu else [run.process.device])
 
 
 def choose_pruned(run: Run) -> List[Tuple[int, int]]:
@@ -238,7 +212,7 @@ def choose_pruned(run: Run) -> List[Tuple[int, int]]:
     images, _ = next(iter(run.loader))
 
     def choose() -> List[Tuple[int, int]]:
-        model = copy.deepcopy(unwrap_model(run.task.get_trainable_module()))
+        model = copy.deepcopy(run.networks[0])
         removed = timm_dresnet.prune_connections(model, keep=run.args.prune_connections[0], images=images)
         _logger.info(f'{len(removed)} connections are pruned, {len(model.connection_pairs())} are left.')
         return [(record['target'], record['source']) for record in removed]
@@ -249,39 +223,45 @@ def choose_pruned(run: Run) -> List[Tuple[int, int]]:
 def prune(run: Run, pairs: List[Tuple[int, int]]) -> None:
     """Remove connections, (target, source); the optimizer keeps its state of all parameters that stay as they are."""
     task = run.task
-    model, ema = task.get_trainable_module(), task.get_trainable_module(ema=True)
-    wrapped, model = isinstance(model, DistributedDataParallel), unwrap_model(model)
-    for network in (model, unwrap_model(ema)) if ema else (model,):
+    for network in run.networks:
         network.prune_connections(pairs)
-    if wrapped:
+    if isinstance(task.trainable_module, DistributedDataParallel):
         task.trainable_module = task.trainable_module.module
-        run.wrap()
+        _average_gradients(run)
+    model = run.networks[0]
     task.progress['pruned'] = pairs
     before = run.optimizer
-    run.optimizer = create_optimizer(run.args, model, run.process.world_size)
+    run.optimizer = run.lr_scheduler.optimizer = create_optimizer(run.args, model, run.process.world_size)
     old, new = (getattr(optimizer, '_base_optimizer', optimizer) for optimizer in (before, run.optimizer))  # Lookahead
     new.state.update({p: old.state[p] for p in model.parameters() if p in old.state})
     for group, old_group in zip(new.param_groups, old.param_groups):  # numbers of steps, of some optimizers
         group.update({key: value for key, value in old_group.items() if key not in group})
-    run.lr_scheduler, _ = create_schedule(run.args, run.optimizer, count_updates(len(run.loader), run.args))
     set_schedule(run)
 
 
 def set_schedule(run: Run) -> None:
     """Set the learning rate to that of the next update."""
     progress, args = run.task.progress, run.args
-    updates = progress['epoch'] * count_updates(len(run.loader), args) + progress['batch'] // args.grad_accum_steps
+    updates = progress['epoch'] * count_updates(len(run.loader), args) + count_updates(progress['batch'], args)
     run.lr_scheduler.step(progress['epoch'])
     run.lr_scheduler.step_update(updates)
 
 
 def resume(run: Run, checkpoint: Path) -> None:
     """Set everything to where a checkpoint was written."""
+    if not checkpoint.is_file():
+        raise ValueError(f'{checkpoint} is not on this machine: --output must be a folder that all machines share.')
     progress, accum_steps = run.task.progress, run.args.grad_accum_steps
     images, classes = progress['images'], progress['classes']
     if pruned := load_checkpoint_metadata(checkpoint)['task_state'].get('pruned'):
         prune(run, pruned)
-    restore(checkpoint, run.task, run.optimizer, run.loss_scaler)
+    try:
+        resume_task_checkpoint(run.task, str(checkpoint), run.optimizer, run.loss_scaler, log_info=False)
+        if run.task.has_ema():
+            load_task_ema_checkpoint(run.task, str(checkpoint))
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        reason = f'{type(e).__name__}: {e}'.splitlines()[0]
+        raise ValueError(f'{checkpoint} does not fit this run ({reason[:300]}), use another --experiment.') from e
     if progress['classes'] != classes:
         odd = sorted({*progress['classes']} ^ {*classes}) or ['the same in another order']
         raise ValueError(f'{checkpoint} was trained with other classes than the data set has ({", ".join(odd[:5])}): '
@@ -308,8 +288,8 @@ def _open_log(run: Run, folder: Path, checkpoint: Optional[Path]) -> Tuple[Check
     )
     log = Log(args, folder, progress['epoch'], run.num_epochs)
     if checkpoint is None:
-        log.start(run.model)
-        parameters = sum(p.numel() for p in run.model.parameters())
+        log.start(run.networks[-1])
+        parameters = sum(p.numel() for p in run.networks[0].parameters())
         _logger.info(
             f'Training {args.model} ({parameters:,} parameters) on {len(run.train_set):,} images of '
             f'{"x".join(map(str, run.data_config["input_size"]))} for {run.num_epochs} epochs on '
@@ -325,15 +305,15 @@ def _train_and_validate(run: Run) -> Tuple[Dict[str, Optional[float]], Dict[str,
     args, process, epoch = run.args, run.process, run.task.progress['epoch']
     train_metrics = train_one_epoch(run)
     if process.distributed and args.dist_bn and not args.sync_bn:
-        for module in filter(None, (run.task.get_trainable_module(ema=ema) for ema in (False, True))):
-            distribute_bn(module, process.world_size, args.dist_bn == 'reduce')
+        for network in run.networks:
+            distribute_bn(network, process.world_size, args.dist_bn == 'reduce')
     if (epoch + 1) % args.val_interval and epoch + 1 < run.num_epochs:
         return train_metrics, {}
     model = run.task.get_eval_model(ema=args.model_ema)
     if isinstance(model, DistributedDataParallel):
         model = model.module
     try:
-        return train_metrics, validate(model, run.eval_loader, args, process, run.stop)
+        return train_metrics, validate(model, run.eval_loader, args, process, run.signals)
     except Stopped:
         run.save()
         raise

@@ -3,41 +3,22 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
-import timm
 import torch
 from timm.data import resolve_input_data_config
-from timm.models import is_model_pretrained
 from timm.utils import setup_default_logging
 
-from timm_dresnet.folders import load_checkpoint, load_folder
+from timm_dresnet.cli import load
 
 from .arguments import add_data_arguments, add_device_arguments, positive
 from .build import Process, set_up_process
 from .datasets import BadImageError, check_classes, count_bad_images, open_dataset
 from .engine import validate
 from .loading import create_eval_loader
-from .results import format_table, write_csv
+from .results import format_head, format_row, write_csv
 
 _logger = logging.getLogger('train')
-
-
-def load_model(name: str) -> Tuple[torch.nn.Module, Dict[str, Any]]:
-    """Load a model and its preprocessing: a folder, a checkpoint of a run, `hf-hub:owner/name`, or one of timm's."""
-    path = Path(name)
-    try:
-        if path.is_dir():
-            model = load_folder(path)
-        elif path.is_file():
-            model = load_checkpoint(path)
-        elif ':' not in name and not is_model_pretrained(name):
-            raise ValueError(f'there is no folder, checkpoint or pretrained model {name}.')
-        else:
-            model = timm.create_model(name, pretrained=True)
-    except (KeyError, OSError, RuntimeError) as e:
-        raise ValueError(f'{name} cannot be loaded: {type(e).__name__} {e}') from e
-    return model, resolve_input_data_config(model, use_test_size=True)
 
 
 def measure(
@@ -80,17 +61,18 @@ def main(argv: Optional[List[str]] = None) -> None:
     try:
         process = set_up_process(args)
         for name in args.models:
-            model, config = load_model(name)
+            model = load(name)
+            config = resolve_input_data_config(model, use_test_size=True)
             channels, *model_size = config['input_size']
             for height, width in [(size, size) for size in args.img_size or ()] or [model_size]:
                 measured = measure(model, {**config, 'input_size': (channels, height, width)}, args, process)
                 row = dict(model=name, size=f'{height}x{width}', **measured)
                 if process.primary and not rows:
                     print(f'On {row["images"]:,} images:\n')
-                    print(format_table([['model', 'size', 'top-1, %', 'top-5, %', 'loss']]), end='')
+                    print(format_head(['model', 'size', 'top-1, %', 'top-5, %', 'loss']))
                 if process.primary:
-                    print(f'| {name} | {row["size"]} | {row["top1"]:.2f} | {row["top5"]:.2f} | {row["loss"]:.4f} |',
-                          flush=True)
+                    numbers = f'{row["top1"]:.2f}', f'{row["top5"]:.2f}', f'{row["loss"]:.4f}'
+                    print(format_row([name, row['size'], *numbers]), flush=True)
                 rows.append(row)
         if args.csv and process.primary:
             write_csv(args.csv, rows)
