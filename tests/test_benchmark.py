@@ -1,4 +1,5 @@
 """`python -m train.benchmark`."""
+import json
 import re
 import statistics
 from functools import partial
@@ -15,15 +16,15 @@ from train.benchmark import TrainingStep, count_multiply_adds, prepare_for_infer
 TIMES = ('image_seconds', 'batch_seconds', 'step_seconds')
 
 
-def test_report(monkeypatch, capsys):
+def test_report(monkeypatch, capsys, tmp_path):
     """A model of a baseline, and the baseline of itself."""
     monkeypatch.setattr(benchmark, '_SAMPLE_SECONDS', 0.)
-    results, measure = [], benchmark.measure
-    monkeypatch.setattr(benchmark, 'measure', lambda *args: results.append(measure(*args)) or results[-1])
     arguments = ['--models', 'test_dresnet', 'test_resnet', '--baseline', 'test_resnet', '--img-size', '32', '-b', '2',
-                 '--rounds', '3', '--device', 'cpu']
+                 '--rounds', '3', '--device', 'cpu', '--md', str(tmp_path / 'x.md'), '--json', str(tmp_path / 'x.json')]
     benchmark.main(arguments)
     text = capsys.readouterr().out
+    results = json.loads((tmp_path / 'x.json').read_text())['results']
+    assert (tmp_path / 'x.md').read_text() == text
     assert text.startswith('`python -m train.benchmark ' + ' '.join(arguments) + '`\n')
     for setup in ('CPU: ', f'threads: {torch.get_num_threads()};', f'timm: {timm.__version__};', 'rounds: 3\n'):
         assert setup in text

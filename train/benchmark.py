@@ -7,6 +7,7 @@ import argparse
 import copy
 import gc
 import itertools
+import json
 import os
 import platform
 import re
@@ -259,6 +260,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--compile', action='store_true', help='torch.compile the models')
     parser.add_argument('--cuda-graphs', action='store_true', help='with CUDA graphs; peak memory is not measured')
+    parser.add_argument('--md', type=Path, metavar='FILE', help='write what is printed')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write all that was measured, times of every round')
     parser.set_defaults(deterministic=False)
     args = parser.parse_args(argv)
     args.compile |= args.cuda_graphs
@@ -282,18 +285,28 @@ def main(argv: Optional[List[str]] = None) -> None:
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # all variants share the code that is compiled for each of them
     command = shlex.join(['python', '-m', 'train.benchmark', *argv])
-    setup = '; '.join(f'{key}: {value}' for key, value in describe(args, device).items())
-    print(f"""`{command}`
+    report: Dict[str, Any] = dict(command=command, setup=describe(args, device), results=[])
+    setup = '; '.join(f'{key}: {value}' for key, value in report['setup'].items())
+    files = [sys.stdout, *([args.md.open('w')] if args.md else [])]
+
+    def write(text: str) -> None:
+        for file in files:
+            print(text, file=file, flush=True)
+
+    write(f"""`{command}`
 
 {setup}
 
 Baselines in numbers, models as ratios to them: 1.10 is 10 % more time for the same images, or 10 % more of anything \
 else. Of times, the median over the rounds and, in brackets, the quartiles.
 """)
-    print(format_head(['model', 'of', 'input', *(head for head, _ in _COLUMNS.values())]))
+    write(format_head(['model', 'of', 'input', *(head for head, _ in _COLUMNS.values())]))
     for pair in pairs:
-        for row in table_rows(measure(pair, args, device)):
-            print(format_row(row), flush=True)
+        report['results'].append(measure(pair, args, device))
+        for row in table_rows(report['results'][-1]):
+            write(format_row(row))
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1))
         gc.collect()
         if args.compile:
             torch.compiler.reset()
