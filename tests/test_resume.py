@@ -79,7 +79,7 @@ def test_stopped_and_resumed(uninterrupted, tmp_path):
 
 def test_stopped_in_validation(tmp_path, monkeypatch):
     """After a last update of fewer batches, by which the learning rate follows."""
-    args = ['--model', 'test_dresnet', '--grad-accum-steps', 3, '--deterministic']
+    args = ['--model', 'test_dresnet', '--grad-accum-steps', 3]
     expected = train(tmp_path / 'whole', *args)
     with monkeypatch.context() as patch:
         patch.setattr('train.run.validate', Mock(side_effect=Stopped(signal.SIGTERM)))
