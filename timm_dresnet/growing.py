@@ -49,8 +49,7 @@ def grow(model: nn.Module, kind: str = 'dresnet', **kwargs: Any) -> ResNet:
     start_from_resnet(grown.state_dict())
     if cfg := getattr(model, 'pretrained_cfg', None):  # else timm did not create it, and cannot create it again
         grown.pretrained_cfg = grown.default_cfg = dict(cfg, architecture=kind)
-        args = getattr(model, '_model_args', {})  # with which timm.create_model was called
-        update_model_args(grown, **dict(args, grown_from=cfg['architecture'], **kwargs))
+        update_model_args(grown, grown_from=cfg['architecture'], **kwargs)
     return grown
 
 
@@ -61,8 +60,9 @@ def _adopt(model: nn.Module, family: Any) -> Any:
             f'a ResNet of timm without learned connections is needed, got a {type(model).__name__}: give the whole '
             'network, not one made with features_only=True.')
     names = getattr(model, 'stage_names', ('layer1', 'layer2', 'layer3', 'layer4'))
+    args = getattr(model, '_model_args', {})  # a property of the family, which hides what timm.create_model has noted
     model.__class__ = family
-    model.stage_names = names
+    model.stage_names, model._model_args = names, args
     return model
 
 
