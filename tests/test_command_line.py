@@ -164,7 +164,7 @@ def test_connections(run, photos, tmp_path, caplog):
     table = out.splitlines()
     assert table[0].split()[-2:] == ['effect', 'share'] and len(table) == 1 + len(expected)
     save_for_hf(timm.create_model('test_adaresnet'), 'ada', safe_serialization=True)
-    status, out, err = run('connections', 'ada', '--out', 'new/map.png', '--arcs', 'arcs.svg', '--images', photos)
+    status, out, err = run('connections', 'ada', '--out', 'new/map', '--arcs', 'arcs.svg', '--images', photos)
     assert status == 0 and 'alpha' in out and err.startswith('Wrote new/map.png\nWrote arcs.svg\n')
     assert Image.open('new/map.png').size > (300, 300) and '<svg' in (tmp_path / 'arcs.svg').read_text()
 

@@ -253,6 +253,7 @@ def _written(path: Path, folder: Path) -> Iterator[Path]:
 def _picture(path: Path) -> Iterator[Path]:
     if find_spec('matplotlib') is None:
         raise ValueError('Pictures need what is not installed, try: pip install matplotlib')
+    path = path if path.suffix else path.with_suffix('.png')  # as matplotlib names it
     with _written(path, path.parent) as new:
         yield new / path.name
     print(f'Wrote {path}', file=sys.stderr)
