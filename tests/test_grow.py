@@ -99,7 +99,9 @@ def test_grown_is_a_model_of_timm(kind, kwargs, tmp_path):
     resnet = timm.create_model('resnet10t', num_classes=5, in_chans=1, act_layer='silu')
     names = list('abcde')
     resnet.pretrained_cfg.update(num_classes=5, label_names=names)
-    model = timm_dresnet.grow(resnet, kind, **kwargs).train()
+    for training in (False, True):
+        model = timm_dresnet.grow(resnet.train(training), kind, **kwargs)
+        assert {module.training for module in model.modules()} == {training}
     x = torch.randn(4, 1, 65, 65)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
@@ -134,10 +136,16 @@ def test_grown_by_name():
         assert timm.list_pretrained(f'{name}.init_*') and timm.create_model(name, device='meta').num_classes == 1000
 
 
+def cut(resnet):
+    resnet.layer4 = torch.nn.Identity()
+    return resnet
+
+
 @pytest.mark.parametrize('make,kind,kwargs,words', [
     (lambda: timm.create_model('resnet18', features_only=True), 'dresnet', {}, 'FeatureListNet.*features_only'),
     (lambda: timm.create_model('test_vit'), 'dresnet', {}, 'a ResNet of timm.*VisionTransformer'),
     (lambda: timm.create_model('test_dresnet'), 'dresnet', {}, 'without learned connections.*DResNet'),
+    (lambda: cut(timm.create_model('test_resnet')), 'dresnet', {}, 'a whole ResNet.*layer4'),
     (lambda: timm.create_model('skresnet18'), 'adaresnet', {}, 'SelectiveKernelBasic'),
     (lambda: timm.create_model('test_resnet'), 'plainnet', {}, "'dresnet', 'adaresnet', got 'plainnet'"),
     (lambda: timm.create_model('test_resnet'), 'adaresnet', dict(gate='gauss'), "skip_weight.*not 'gate'"),

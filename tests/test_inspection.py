@@ -55,6 +55,11 @@ def test_wrapped(arch):
     wrapped = torch.compile(ModelEmaV3(nn.DataParallel(model)))
     assert timm_dresnet.connections(wrapped, images()) == timm_dresnet.connections(model, images())
     assert arch in timm_dresnet.plot_connections(wrapped).get_suptitle()
+    expected = timm_dresnet.connections(model, images())
+    model.compile(backend='eager')
+    with torch.no_grad():
+        model(images())
+    assert timm_dresnet.connections(model, images()) == expected  # by hooks that compiled code would not call
 
 
 @pytest.mark.parametrize('name,kwargs', [

@@ -190,7 +190,7 @@ def test_torchscript(name):
 @pytest.mark.parametrize('kwargs', [
     dict(drop_rate=0.1, drop_path_rate=0.1, drop_block_rate=0.1, act_layer='gelu', global_pool='catavgmax'),
     dict(stem_type='deep', stem_width=32, avg_down=True, replace_stem_pool=True),
-    dict(block_args=dict(attn_layer='se'), norm_layer='groupnorm', aa_layer=timm.layers.BlurPool2d),
+    dict(block_args=dict(attn_layer='se'), norm_layer='groupnorm', aa_layer=timm.layers.BlurPool2d, connection_rank=8),
 ], ids=lambda kwargs: next(iter(kwargs)))
 def test_arguments_of_resnet(kwargs):
     model = create('dresnet18', **kwargs)
@@ -230,6 +230,10 @@ def test_freezing_stages_freezes_their_connections():
     optimizer.step()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) == name.startswith(tuple(f'{module}.' for module in frozen)), name
+    model.load_state_dict(before)
+    fused = timm.create_model('test_dresnet', inference_mode=True)
+    fused.load_state_dict(dict(timm.utils.reparameterize_model(model.eval()).state_dict()))
+    assert_close(fused(images()), model(images()))
 
 
 @torch.no_grad()
@@ -243,6 +247,10 @@ def test_stride_of_the_last_stage_changed_by_hand():
 
 def test_stages_taken_out_of_the_network():
     model, x = timm.create_model('test_dresnet').eval(), images()
+    without = copy.deepcopy(model)
+    without.layer4, without.fc = nn.Identity(), nn.Identity()
+    assert max(record['target'] for record in timm_dresnet.connections(without, x) if record['effect'] > 0) == 5
+    assert len(timm_dresnet.signal_propagation(without, x)['blocks']) == 5
     assert len(model.layer3) == len([*model.layer3]) == 2 and model.layer3[-1] is model.layer3[1]
     with pytest.raises(RuntimeError, match='need all blocks before them.*features_only=True'):
         nn.Sequential(*[*model.children()][:-2])(x)

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
 
 import test_maths
+import timm_dresnet
 from test_models import assert_close, images
 
 create = partial(test_maths.create, dtype=torch.float32)
@@ -139,6 +140,11 @@ def test_converted_batch_norms(name, convert):
     assert sum(type(m) is nn.BatchNorm2d for m in converted.modules()) in (0, count)  # split ones hold plain ones
     assert_close(converted(x), expected)
     assert_close(reparameterize_model(converted)(x), expected)
+    if isinstance(model, timm_dresnet.DResNet):
+        pairs = model.connection_pairs()[::2]
+        for network in (model, converted):
+            network.prune_connections(pairs)
+        assert_close(converted(x), model(x))
 
 
 def called(model):

@@ -170,7 +170,7 @@ class AdaResNet(ResNet):
             for name, module in getattr(self, stage).named_children():
                 group = groups[skip_weight](f'{stage}.{name}', module)
                 if group not in skip_weights:
-                    skip_weights[group] = SkipWeight(skip_init, **dd)
+                    skip_weights[group] = SkipWeight(skip_init, **dd).train(module.training)
                 module.skip_weight = skip_weights[group]
         if inference_mode:
             reparameterize_model(self, inplace=True)

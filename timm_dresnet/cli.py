@@ -17,6 +17,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 import timm
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from timm.models import get_pretrained_cfg, list_models, save_for_hf
 from timm.models._hub import save_config_for_hf
@@ -221,12 +222,13 @@ def export_command(args: argparse.Namespace) -> None:
     from timm.utils.onnx import onnx_export
     logging.getLogger('onnxscript.optimizer').setLevel(logging.ERROR)  # it warns of each constant that it leaves
     images = Classifier(model).read_sample(args.images, _MAX_MEASURED) if args.int8 else None
+    size = resolve_model_data_config(model, use_test_size=True)['input_size']
     fused = reparameterize_model(model)
     with _model_folder(args.folder) as folder:
         save_config_for_hf(model, str(folder / 'config.json'))
         onnx_export(
-            fused, str(folder / 'model.onnx'), input_size=resolve_model_data_config(model)['input_size'], batch_size=2,
-            use_dynamo=True, check_forward=find_spec('onnxruntime') is not None)
+            fused, str(folder / 'model.onnx'), input_size=size, batch_size=2, use_dynamo=True,
+            check_forward=find_spec('onnxruntime') is not None)
         network = onnx.load(folder / 'model.onnx')
         for node in network.graph.node:
             node.ClearField('metadata_props')  # with paths of files on this machine
@@ -245,8 +247,8 @@ def _written(path: Path, folder: Path) -> Iterator[Path]:
     try:
         with atomic_folder(folder) as new:
             yield new
-    except OSError as e:
-        raise ValueError(f'{path} cannot be written: {e.strerror or e}.') from e
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f'{path} cannot be written: {getattr(e, "strerror", None) or e}.') from e
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set,
 
 import torch
 import torch.nn as nn
-from timm.layers import LayerType, get_norm_layer
+from timm.layers import GroupNorm1, LayerType, get_norm_layer
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._input import update_model_args
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -44,7 +44,8 @@ class DResNetStage(nn.Sequential):
     def __init__(self, blocks: nn.Sequential, first: int, connections: Optional[Connections]) -> None:
         super().__init__(*blocks)
         self.first, self.depth = first, len(blocks)
-        self.register_module('connections', connections)
+        self.register_module('connections', connections and connections.train(blocks.training))
+        self.training = blocks.training
 
     def __iter__(self) -> Iterator[nn.Module]:
         return (module for name, module in self._modules.items() if name != 'connections')
@@ -154,6 +155,8 @@ class DResNet(ResNet):
         """Add the connections to a ResNet whose class is DResNet already; see `__init__` for the arguments."""
         require_whole_number('connection_rank', connection_rank, 0)
         require_whole_number('connected_stages', connected_stages, 1)
+        if isinstance(self.bn1, nn.GroupNorm):
+            norm_layer = GroupNorm1  # any number of channels
         feature_info: Any = self.feature_info[1:]
         depths = [len(getattr(self, name)) for name in self.stage_names]
         ends = [*itertools.accumulate(depths)]

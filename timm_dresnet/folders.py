@@ -85,7 +85,7 @@ def load_checkpoint(path: Path) -> nn.Module:
         timm.models.load_checkpoint(model, str(path))
     except Exception as e:  # whatever other files, and weights that do not fit, make torch and timm raise
         raise ValueError(
-            f"{path} is not a checkpoint of python -m train or of timm's train.py: {first_line(e)}") from e
+            f"{path} cannot be loaded as a checkpoint of python -m train or timm's train.py: {first_line(e)}") from e
     model.pretrained_cfg.update(resolve_data_config(args, model=model), num_classes=model.num_classes)
     if state.get('classes'):
         model.pretrained_cfg['label_names'] = state['classes']

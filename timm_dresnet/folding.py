@@ -5,6 +5,7 @@ from typing import Any, Iterable, List, Optional, Sequence, Tuple, Type
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers.norm_act import FrozenBatchNorm2d
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -23,8 +24,11 @@ def can_bypass(module: nn.Module, module_cls: Type[nn.Module], x: Optional[torch
 
 def can_fold(norm: nn.Module, x: Optional[torch.Tensor] = None) -> bool:
     """Whether a norm is a plain batch norm that can be bypassed, so that a gate or a convolution can take it in."""
+    if can_bypass(norm, FrozenBatchNorm2d, x):  # as timm.utils.freeze leaves it
+        return not norm.training
     plain = can_bypass(norm, nn.BatchNorm2d, x) or can_bypass(norm, nn.SyncBatchNorm, x) and not norm.training
-    return plain and norm.affine and norm.track_running_stats and not (norm.training and norm.momentum is None)
+    return plain and norm.affine and norm.track_running_stats and not (
+        norm.training and (norm.momentum is None or x is not None and x.numel() <= x.shape[1]))  # which it refuses
 
 
 def fold_norms(block: nn.Module) -> bool:

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, Dict, List, Sequence
 
 import torch.nn as nn
-from timm.layers import GroupNorm1
 from timm.models import create_model, generate_default_cfgs, get_pretrained_cfg, register_model, resnet
 from timm.models._input import update_model_args
 
@@ -57,10 +56,13 @@ def _adopt(model: nn.Module, family: Any) -> Any:
     """Make a ResNet one of a family, in place."""
     if not isinstance(model, resnet.ResNet) or isinstance(model, (AdaResNet, DResNet)):
         raise ValueError(
-            f'a ResNet of timm without learned connections is needed, got a {type(model).__name__}: give the whole '
-            'network, not one made with features_only=True.')
+            f'a ResNet of timm without learned connections is needed, got a {type(model).__name__}: give the network '
+            'itself, not one made with features_only=True, compiled or wrapped.')
     names = getattr(model, 'stage_names', ('layer1', 'layer2', 'layer3', 'layer4'))
-    args = getattr(model, '_model_args', {})  # a property of the family, which hides what timm.create_model has noted
+    if missing := [name for name in names if not isinstance(getattr(model, name), nn.Sequential)]:
+        raise ValueError(f'a whole ResNet is needed, from this one {missing[0]} was taken out.')
+    args = getattr(model, '_model_args', {})  # which timm.create_model has noted, and which a property of family hides
+    model.__dict__.pop('_model_args', None)
     model.__class__ = family
     model.stage_names, model._model_args = names, args
     return model
@@ -83,11 +85,10 @@ def _grow_dresnet(
     if gate == 'linear' and gate_init is None:
         gate_init = 0.
     grown = _adopt(model, DResNet)
-    norm_layer = GroupNorm1 if isinstance(grown.bn1, nn.GroupNorm) else nn.BatchNorm2d
     if connection_rank is None:
         connection_rank = _choose_rank(grown, connected_stages)
     grown.add_connections(
-        gate, gate_init, connection_rank, connected_stages, norm_layer=norm_layer, **kwargs, **_device_and_dtype(grown))
+        gate, gate_init, connection_rank, connected_stages, **kwargs, **_device_and_dtype(grown))
     # what is saved loads with these, whatever the defaults are then
     update_model_args(grown, gate=gate, connection_rank=connection_rank, connected_stages=connected_stages)
     return grown
@@ -148,13 +149,15 @@ def _create_grown(kind: str, variant: str, grown_from: str, pretrained: bool, pr
         pretrained_cfg = get_pretrained_cfg(grown_from)
         if pretrained_cfg:
             pretrained_cfg = dataclasses.replace(pretrained_cfg, architecture=variant)
+    # the other ways to make a feature extractor do not take None for the features of all stages
+    out_indices = {} if 'feature_cls' in kwargs else dict(out_indices=None)
     return build_model_with_cfg(
         partial(_build, kind, grown_from),
         variant,
         pretrained,
         pretrained_filter_fn=_FILTERS[kind],
         pretrained_cfg=pretrained_cfg,
-        feature_cfg=dict(out_indices=None, feature_cls='getter'),
+        feature_cfg=dict(out_indices, feature_cls='getter'),
         **kwargs,
     )
 

@@ -26,7 +26,8 @@ def find_images(paths: Iterable[str]) -> List[str]:
     found = []
     for path in paths:
         if os.path.isdir(path):
-            inside = sorted(str(file) for file in Path(path).rglob('*') if file.suffix.lower() in SUFFIXES)
+            files = (file for file in Path(path).rglob('*') if file.suffix.lower() in SUFFIXES)
+            inside = sorted(str(file) for file in files if not file.is_dir())
             if not inside:
                 raise ValueError(f'There are no images in {path}.')
             found += inside
@@ -39,7 +40,7 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
     """Turn an image upright, as viewers do, and convert it to a mode. PIL alone would clip 16 bits at 255."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I'):
-        image = image.point(lambda value: value * (1 / 256)).convert('L')
+        image = image.convert('I').point(lambda value: value * (1 / 256)).convert('L')
     return image.convert(mode)
 
 

@@ -30,7 +30,8 @@ _Measures = Dict[Tuple[int, Optional[int]], Dict[str, float]]
 def blocks(model: nn.Module) -> List[Tuple[str, nn.Module]]:
     """Names and modules of a ResNet's blocks, in order."""
     stages = [info['module'] for info in model.feature_info if info['module'].startswith('layer')]
-    return [(f'{name}.{j}', block) for name in stages for j, block in enumerate(model.get_submodule(name))]
+    whole = [name for name in stages if isinstance(model.get_submodule(name), nn.Sequential)]  # others are taken out
+    return [(f'{name}.{j}', block) for name in whole for j, block in enumerate(model.get_submodule(name))]
 
 
 def _compare(part: torch.Tensor, whole: torch.Tensor) -> Dict[str, float]:
@@ -39,6 +40,7 @@ def _compare(part: torch.Tensor, whole: torch.Tensor) -> Dict[str, float]:
     return dict(effect=(part.square().sum() / square).sqrt().item(), share=((part * whole).sum() / square).item())
 
 
+@torch.compiler.set_stance('force_eager')  # what was compiled before would not call hooks
 def _measure(model: nn.Module, images: torch.Tensor) -> _Measures:
     """Effect and share of each connection, by (target, source), or of each shortcut, by (target, None)."""
     parts: Dict[Tuple[int, int], torch.Tensor] = {}
@@ -115,6 +117,8 @@ def connections(model: nn.Module, images: Optional[torch.Tensor] = None) -> List
     records = []
     for stage in model.connections.values():
         for i, sources in stage.sources.items():
+            if i > len(names):  # the first block of a stage that is taken out
+                continue
             gate = stage.gates[str(i)]
             for k, weight, value in zip(sources, gate.weight.tolist(), gate().tolist()):
                 record = dict(
@@ -126,6 +130,7 @@ def connections(model: nn.Module, images: Optional[torch.Tensor] = None) -> List
 
 
 @torch.enable_grad()
+@torch.compiler.set_stance('force_eager')
 def signal_propagation(
         model: nn.Module,
         images: torch.Tensor,
@@ -150,8 +155,8 @@ def signal_propagation(
         * ``blocks``, for the output of each block: ``block`` (its number), ``name``, ``mean``, ``variance`` (over
           images and positions, averaged over channels; Brock et al., 2021) and ``gradient_norm`` (of the cross-entropy
           with respect to this output).
-        * ``layers``, for each convolution and linear layer: ``name``, ``gradient_norm`` (of the cross-entropy with
-          respect to its weight) and ``weight_norm``.
+        * ``layers``, for each convolution and linear layer whose weight is a parameter: ``name``, ``gradient_norm`` (of
+          the cross-entropy with respect to its weight) and ``weight_norm``.
         * ``input_gradients``: ``distance`` of two points as a fraction of the line, and ``correlation``, the cosine of
           the gradients at these points, averaged over all pairs at this distance. The function differentiated is a
           fixed random combination of the outputs. Where gradients are shattered (Balduzzi et al., 2017), the
@@ -182,9 +187,9 @@ def signal_propagation(
         targets = torch.randint(output.shape[1], (len(images),), generator=generator).to(images.device)
     layers = {
         name: weights[f'{name}.weight'] for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear))}
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and f'{name}.weight' in weights}
     loss = F.cross_entropy(output.float(), targets)
-    gradients = torch.autograd.grad(loss, [*outputs.values(), *layers.values()])
+    gradients = torch.autograd.grad(loss, [*outputs.values(), *layers.values()], materialize_grads=True)
     gradient_norms = {name: g.norm().item() for name, g in zip([*outputs, *layers], gradients)}
 
     steps = torch.linspace(0, 1, num_points, device=images.device).view(-1, 1, 1, 1)

@@ -112,12 +112,16 @@ def refuse_other_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor]) 
     Raises:
         RuntimeError: If they are those of a network without its learned connections or skip weights, or with others.
     """
-    def find(shapes: Dict[str, Any]) -> Dict[str, Any]:
-        return {name: shape for name, shape in shapes.items() if re.search(_TELLING, name)}
+    def find(tensors: Dict[str, Any]) -> Dict[str, Any]:
+        return {
+            name: tensor.shape for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)
+            and re.search(_TELLING, name) and not re.search(r'\.running_|\.num_batches_', name)}
 
-    there = find({name: p.shape for name, p in model.named_parameters(remove_duplicate=False)})
-    given = find({name: p.shape for name, p in state_dict.items() if not re.search(r'\.running_|\.num_batches_', name)})
-    different = [name for name in sorted({*there, *given}) if there.get(name) != given.get(name)]
+    there = find(dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()]))  # frozen norms' too
+    given = find(state_dict)
+    parts = {name.split('.')[0] for name in there} & {name.split('.')[0] for name in given}  # of a network cut short
+    different = [
+        name for name in sorted({*there, *given}) if name.split('.')[0] in parts and there.get(name) != given.get(name)]
     if not different:
         return
     if all('conv1.weight' in name for name in given) and all('conv1' not in name for name in different):

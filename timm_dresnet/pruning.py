@@ -11,11 +11,12 @@ __all__ = ['prune_connections']
 
 def _keep_rows(module: nn.Module, kept: Sequence[int], size: int) -> None:
     """Keep some of the parts of `size` entries that parameters and statistics of a module have side by side."""
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.ndim:
-            rows = tensor.detach().unflatten(0, (-1, size))[kept].flatten(0, 1)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            setattr(module, name, nn.Parameter(rows, tensor.requires_grad) if is_parameter else rows)
+    for part in module.modules():
+        for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            if tensor.ndim:
+                rows = tensor.detach().unflatten(0, (-1, size))[kept].flatten(0, 1)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                setattr(part, name, nn.Parameter(rows, tensor.requires_grad) if is_parameter else rows)
 
 
 def remove_connections(connections: Connections, pairs: Iterable[Tuple[int, int]]) -> None:
@@ -90,7 +91,7 @@ def prune_connections(
         raise ValueError(f'keep must lie between 0 and 1, got {keep}.')
 
     records = connections(model, images)
-    strength = [record.get('effect', abs(record['gate'])) for record in records]
+    strength = [abs(record['gate']) if images is None else record['effect'] for record in records]
     if keep is None:
         limit = min_gate if min_effect is None else min_effect
         removed = [record for record, value in zip(records, strength) if value < limit]
