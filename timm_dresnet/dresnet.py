@@ -334,15 +334,15 @@ def dresnet18_gauss(pretrained: bool = False, **kwargs) -> DResNet:
 
 @register_model
 def dresnet34(pretrained: bool = False, **kwargs) -> DResNet:
-    """DResNet-34."""
-    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+    """DResNet-34, its connections low-rank."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), connection_rank=64)
     return _create_dresnet('dresnet34', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def dresnet34_gauss(pretrained: bool = False, **kwargs) -> DResNet:
-    """DResNet-34 with Gauss gates."""
-    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), gate='gauss')
+    """DResNet-34 with Gauss gates, its connections low-rank."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), connection_rank=64, gate='gauss')
     return _create_dresnet('dresnet34_gauss', pretrained, **dict(model_args, **kwargs))
 
 

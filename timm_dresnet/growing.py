@@ -33,8 +33,9 @@ def grow(model: nn.Module, kind: str = 'dresnet', **kwargs: Any) -> ResNet:
         kind: 'dresnet' or 'adaresnet'.
         **kwargs: Arguments of `DResNet` (``gate``, ``gate_init``, ``connection_rank``, ``connected_stages``) or of
             `AdaResNet` (``skip_weight``). If not given, gates are linear and start at 0, connections lead into the last
-            stage alone, where they cost least, and the rank is the largest that adds at most 13 % to parameters and
-            multiply-adds. Behind gates that start elsewhere, the connections' norm weights start at 0.
+            stage alone, where they cost least, and are summed at full width where that adds at most 13 % to parameters
+            and multiply-adds, else with the largest rank up to 64 that does. Behind gates that start elsewhere, the
+            connections' norm weights start at 0.
 
     Raises:
         ValueError: If the model is no ResNet that can grow, or an argument is not one of the choices.
@@ -113,7 +114,7 @@ _FILTERS = dict(dresnet=_dresnet_filter_fn, adaresnet=_adaresnet_filter_fn)
 
 
 def _choose_rank(model: DResNet, connected_stages: int) -> int:
-    """Rank of the connections: 0 for full width where that is cheap, or else the largest that is."""
+    """Rank of the connections: 0 for full width where that is cheap, or else the largest up to 64 that is, or 4."""
     feature_info: Sequence[Dict[str, Any]] = model.feature_info[1:]
     stages = [getattr(model, name) for name in model.stage_names]
     positions = [(feature_info[0]['reduction'] / info['reduction']) ** 2 for info in feature_info]
@@ -162,7 +163,7 @@ def _create_grown(kind: str, variant: str, grown_from: str, pretrained: bool, pr
     )
 
 
-# of each kind of ResNet for which timm has weights of its own, the depths up to 152 that do best on ImageNet-1k
+# the depths of ResNet-D up to 152, and one or two of each other kind for which timm has weights of its own
 _RESNETS = (
     'resnet18d', 'resnet34d', 'resnet50d', 'resnet101d', 'resnet152d', 'resnetaa50', 'resnetrs50', 'resnext50_32x4d',
     'resnext101_32x8d', 'wide_resnet50_2', 'seresnet50', 'ecaresnet50t',

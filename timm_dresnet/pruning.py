@@ -64,7 +64,7 @@ def prune_connections(
         min_effect: Remove connections whose effect is smaller than this: the norm of what they add to the input of
             their target over the norm of that input, on ``images``.
         keep: The share of the connections to keep, from 0 to 1: those with the largest effect where
-            ``images`` are given, else those with the largest gate values.
+            ``images`` are given, else those with the largest gate values, sign aside.
         images: Images to measure effects on, preprocessed, `[B, C, H, W]`, for ``min_effect`` and ``keep``.
 
     Returns:
