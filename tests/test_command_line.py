@@ -126,7 +126,7 @@ def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
     (['connections', 'test_dresnet', '--images', 'photos/kept'], ['no image to measure on']),
     (['connections', 'resnet18'], ['resnet18 is not a DResNet or AdaResNet']),
     (['connections', 'adaresnet'], ['adaresnet', 'without weights']),
-    (['connections', 'photos/kept'], ['photos/kept is not a checkpoint of python -m train']),
+    (['connections', 'photos/kept'], ['photos/kept cannot be loaded as a checkpoint of python -m train']),
     (['signal', '--untrained', 'photos'], ['photos has weights']),
     (['export', 'test_dresnet', 'out', '--format', 'onnx', '--int8'], ['--int8', '--images']),
 ], ids=' '.join)

@@ -40,7 +40,6 @@ def _compare(part: torch.Tensor, whole: torch.Tensor) -> Dict[str, float]:
     return dict(effect=(part.square().sum() / square).sqrt().item(), share=((part * whole).sum() / square).item())
 
 
-@torch.compiler.set_stance('force_eager')  # what was compiled before would not call hooks
 def _measure(model: nn.Module, images: torch.Tensor) -> _Measures:
     """Effect and share of each connection, by (target, source), or of each shortcut, by (target, None)."""
     parts: Dict[Tuple[int, int], torch.Tensor] = {}
@@ -62,6 +61,7 @@ def _measure(model: nn.Module, images: torch.Tensor) -> _Measures:
 
     hooks: Dict[Type[nn.Module], Any] = {Projection: keep, Connections: compare_parts, SkipWeight: compare_shortcut}
     with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance('force_eager'))  # what is compiled already would not call hooks
         for module in model.modules():  # which lists a skip weight that blocks share once
             stack.callback(setattr, module, 'training', module.training)
             for kind, hook in hooks.items():
@@ -130,7 +130,6 @@ def connections(model: nn.Module, images: Optional[torch.Tensor] = None) -> List
 
 
 @torch.enable_grad()
-@torch.compiler.set_stance('force_eager')
 def signal_propagation(
         model: nn.Module,
         images: torch.Tensor,
@@ -175,7 +174,8 @@ def signal_propagation(
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        return functional_call(model, {**weights, **buffers}, x).flatten(1)
+        with torch.compiler.set_stance('force_eager'):
+            return functional_call(model, {**weights, **buffers}, x).flatten(1)
 
     outputs = {}
     with ExitStack() as stack:
