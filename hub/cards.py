@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import timm_dresnet
+from timm_dresnet.images import label_names
 
 ZOO = Path(__file__).parent / 'zoo'  # files of the runs whose weights are in the package
 
@@ -143,15 +144,14 @@ def copy_record(run: Run, source: Path, folder: Path, names: Iterable[str]) -> N
         (folder / 'args.yaml').write_text(yaml.safe_dump(run.args))
 
 
-def _without_paths(args: Dict[str, Any]) -> Dict[str, Any]:
+def _without_paths(value: Any) -> Any:
     """Shorten absolute paths to their last part: the folders of a machine are nobody else's business."""
-    args = dict(args.items())
-    for key, value in args.items():
-        if isinstance(value, str):
-            source, colon, path = value.rpartition('local-dir:')
-            if Path(path).is_absolute():
-                args[key] = f'{source}{colon}{Path(path).name}'
-    return args
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    source, colon, path = str(value).rpartition('local-dir:')
+    return f'{source}{colon}{Path(path).name}' if Path(path).is_absolute() else value
 
 
 def _describe_connections(model: nn.Module) -> str:
@@ -217,7 +217,7 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         input_size=input_size,
         size=size,
-        labels=model.pretrained_cfg.get('label_names') or (),
+        labels=label_names(model.pretrained_cfg, model.num_classes),
         connections=_describe_connections(model),
         run=run,
         args=run.args,

@@ -82,6 +82,7 @@ def test_multiply_adds():
     (['--models', 'test_dresnet'], ['--baseline']),
     (['--all', '--models', 'test_dresnet', '--baseline', 'test_resnet'], ['exclude --all']),
     (['--cuda-graphs'], ['--cuda-graphs', 'cpu']),
+    (['--md', 'no/such/x.md'], ['there is no folder no/such']),
     (['--device', 'nothing'], ['--device nothing']),
 ])
 def test_errors(args, words, capsys):

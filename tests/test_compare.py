@@ -117,6 +117,7 @@ def test_smoke(name, tmp_path):
     (['--config', 'nothing'], ['nothing.yaml', 'cifar_depth']),
     (['--config', str(ROOT / 'train' / 'recipes' / 'digits.yaml')], ['digits.yaml', 'recipe']),
     (['--config', 'cifar_depth', '--models', 'ResNet-21'], ['ResNet-21', 'ResNet-20']),
+    (['--config', 'cifar_depth', '--seed', '3'], ['--seed 3', '--seeds']),
 ])
 def test_errors_of_comparisons(args, words):
     with pytest.raises(SystemExit) as error:

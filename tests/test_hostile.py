@@ -85,6 +85,7 @@ def test_weights_that_do_not_fit(folder, name, change, message):
     (dict(architecture='resnet18'), 'has the shape'), (dict(model_args=dict(num_classes=5)), 'differ'),
     (dict(model_args=dict(unknown=1)), 'does not describe'),
     (dict(model_args=dict(connection_rank=10 ** 8)), 'has the shape'),
+    (dict(architecture='test_vit'), 'it holds 105,620 numbers, the model 312,644'),
     (dict(model_args=dict(checkpoint_path='/etc/passwd')), 'does not describe'),
     (dict(model_args=dict(pretrained_cfg_overlay=dict(source='', file='/etc/passwd'))), 'does not describe'),
     ('[]', 'does not describe'), ('[' * 100_000, 'does not describe'),

@@ -166,10 +166,12 @@ def test_card_of_the_author(alice, push, folder):
 def test_card_says_what_the_training_started_from(folder, tmp_path, args, start, base_model):
     args.update(epochs=2, seed=1, opt='sgd', lr=0.1, batch_size=8)
     args.update(dataset='hfds/alice/birds', val_split='test', target_key='the label')
+    args.update(model_kwargs=dict(grown_from='local-dir:/home/bob/resnet'))
     (folder / 'args.yaml').write_text(yaml.safe_dump(args))
     (tmp_path / 'new').mkdir()
     build(Upload(folder, 'alice/model'), tmp_path / 'new')
     card = ModelCard.load(tmp_path / 'new/README.md')
+    assert '/home' not in (tmp_path / 'new/args.yaml').read_text()
     assert card.data.base_model == base_model and card.data.datasets == ['alice/birds']
     assert '2 epochs on alice/birds at 32x32, seed 1, sgd, learning rate 0.1, batches of 8, ' in card.text
     assert f', starting from {start}.\n' in card.text

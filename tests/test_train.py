@@ -70,7 +70,7 @@ def train(output, *args):
     ['--model', 'test_dresnet', '--model-kwargs', 'gate=gauss', '--in-chans', 3, '--mean', 0.5, 0.5, 0.5, '--std', 0.5,
      0.5, 0.5, '--drop-path', 0.1, '--sched', 'multistep', '--decay-milestones', 1, '--aa', '3a', '--opt', 'muon',
      '--lr', 0.01, '--grad-accum-steps', 3, '--val-interval', 2, '--aug-repeats', 2.5, '--log-tensorboard'],
-    ['--model', 'test_dresnet', '--opt', 'sgd', '--lr', 0.1, '--prune-connections', 0.4, 0.5],
+    ['--model', 'test_dresnet', '--opt', 'sgd', '--lr', 0.1, '--prune-connections', 0.4, 0.5, '--amp'],
     ['--model', 'test_dresnet', '--aa', 'original', '--opt', 'adahessian', '--lr', 0.05, '--sched', 'wsd',
      '--decay-epochs', 1, '--cutmix', 1, '--eval-metric', 'loss', '--checkpoint-hist', 2, '--gp',
      'avgmax'],
@@ -89,6 +89,8 @@ def test_other_arguments(args, tmp_path):
     assert load_checkpoint(folder / 'last.pth.tar').state_dict().keys() == model.state_dict().keys()
     assert (folder / 'connections.png').exists() == (args[1] != 'test_resnet')
     assert bool(list(folder.glob('events.out.tfevents*'))) == ('--log-tensorboard' in args)
+    scaled = '--amp' in args and '--amp-dtype' not in args  # in float16 gradients would underflow
+    assert ('amp_scaler' in torch.load(folder / 'last.pth.tar', weights_only=False)) == scaled
     if '--pretrained' in args:  # tag and classes of the weights it started from are gone
         text = (folder / 'config.json').read_text()
         assert 'c10' not in text and 'airplane' not in text and '"label_names"' not in text
@@ -137,6 +139,14 @@ def test_bfloat16_is_named_on_cpus_that_have_it(args, words, tmp_path, caplog, m
     with caplog.at_level(logging.INFO, 'train'):
         train(tmp_path, '--model', 'test_adaresnet', *args)
     assert [record.message for record in caplog.records][0].startswith(words)
+
+
+def test_learning_rate_of_smaller_batches(tmp_path):
+    """Two batches of 718 images and not one of 1,000, so that few are left over."""
+    main(['--dataset', 'digits', '--model', 'test_dresnet', '--num-classes', '10', '--in-chans', '1', '--batch-size',
+          '1000', '--epochs', '1', '--warmup-epochs', '0', '--sched', 'constant', '--workers', '0', '--output',
+          str(tmp_path), '--experiment', 'digits'])
+    assert float(rows(tmp_path / 'digits/summary.csv')[0]['lr']) == pytest.approx(0.1 * 718 / 256)
 
 
 def test_images_of_four_channels(tmp_path):
@@ -237,6 +247,7 @@ def test_loss_that_is_not_finite(tmp_path):
     (['--epochs', '0'], ['--epochs', "'0'"]),
     (['--aa', 'rnad-m7'], ['--aa rnad-m7', 'Unknown']),
     (['--opt-kwargs', 'speed=1'], ['sgd', '--opt-kwargs', 'speed']),
+    (['--opt', 'adamw', '--opt-betas', '0.9'], ['adamw', '--opt-betas [0.9]']),
     (['--device', 'abacus'], ['--device abacus']),
     (['--device', 'cpu', '--sync-bn'], ['--sync-bn needs CUDA']),
     (['--pretrained-path', __file__], ['test_train.py', 'weights_only']),

@@ -1,4 +1,5 @@
 """The folder of a model: checked before it is loaded, and written whole or not at all. And checkpoints of training."""
+import math
 import os
 import tempfile
 from contextlib import contextmanager
@@ -41,13 +42,15 @@ def load_folder(path: Path) -> nn.Module:
         raise ValueError(f'{config} is damaged: its num_classes and that of its model_args differ.')
     try:
         with safe_open(weights, 'pt') as tensors:
-            for key in tensors.keys():
-                shape = tensors.get_slice(key).get_shape()
-                if shape != shapes.get(key, shape):
-                    raise ValueError(
-                        f'{weights} does not fit config.json: {key} has the shape {shape} and not {shapes[key]}.')
+            held = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
     except SafetensorError as e:
         raise ValueError(f'{weights} is damaged ({e}).') from e
+    for key, shape in held.items():
+        if shape != shapes.get(key, shape):
+            raise ValueError(f'{weights} does not fit config.json: {key} has the shape {shape} and not {shapes[key]}.')
+    count, needed = (sum(map(math.prod, each.values())) for each in (held, shapes))
+    if 2 * count < needed:  # some may be missing that timm makes from others
+        raise ValueError(f'{weights} does not fit config.json: it holds {count:,} numbers, the model {needed:,}.')
     try:
         model = timm.create_model(f'local-dir:{path}', pretrained=True).eval()
     except Exception as e:  # whatever weights that do not fit make timm raise
@@ -87,7 +90,7 @@ def load_checkpoint(path: Path) -> nn.Module:
         raise ValueError(
             f"{path} cannot be loaded as a checkpoint of python -m train or timm's train.py: {first_line(e)}") from e
     model.pretrained_cfg.update(resolve_data_config(args, model=model), num_classes=model.num_classes)
-    if state.get('classes'):
+    if len(state.get('classes') or ()) == model.num_classes:
         model.pretrained_cfg['label_names'] = state['classes']
     return model.eval()
 

@@ -4,14 +4,14 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterable, List
+from typing import Any, Dict, Iterable, List, Mapping
 
 import torch
 import torch.nn as nn
 from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 
-__all__ = ['SUFFIXES', 'Classifier', 'convert_image', 'find_images']
+__all__ = ['SUFFIXES', 'Classifier', 'convert_image', 'find_images', 'label_names']
 
 _logger = logging.getLogger(__name__)
 SUFFIXES = {'.avif', '.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
@@ -44,6 +44,14 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
+def label_names(cfg: Mapping[str, Any], num_classes: int) -> List[str]:
+    """Names of the classes in a pretrained config, in order; none if they are those of another classifier."""
+    names = cfg.get('label_names') or ()
+    if isinstance(names, dict):  # by index, some of which may be left out
+        names = [names.get(str(i), names.get(i, f'class {i}')) for i in range(num_classes)]
+    return [str(name) for name in names] if len(names) == num_classes else []
+
+
 class Classifier:
     """A model with its preprocessing and the names of its classes, `labels`."""
 
@@ -65,11 +73,8 @@ class Classifier:
         self.model = model
         self._mode = modes[channels]
         self._transform = create_transform(**config, is_training=False)
-        names, subset = cfg.get('label_names'), infer_imagenet_subset(model)
-        if isinstance(names, dict):  # by index, some of which may be left out
-            names = [names.get(str(i), names.get(i, f'class {i}')) for i in range(model.num_classes)]
-        if names and len(names) == model.num_classes:  # and not those of weights whose classifier was replaced
-            names = [str(name) for name in names]
+        names, subset = label_names(cfg, model.num_classes), infer_imagenet_subset(model)
+        if names:
             descriptions = cfg.get('label_descriptions') or {}
             if all(re.fullmatch(r'n\d{8}', name) for name in names):  # as in ImageNet and its subsets
                 imagenet: Any = ImageNetInfo().label_descriptions(as_dict=True)

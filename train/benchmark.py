@@ -272,6 +272,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     if args.all:
         pairs += [Pair(*pair, 32, 128) for pair in _ALL_CIFAR]
     try:
+        for path in (args.md, args.json):
+            if path and not path.parent.is_dir():
+                raise ValueError(f'there is no folder {path.parent} to write {path.name} into.')
         for pair in pairs:
             check_model_name(pair.model)
             check_model_name(pair.baseline)

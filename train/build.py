@@ -151,11 +151,15 @@ def create_task(args: argparse.Namespace, model: torch.nn.Module, process: Proce
     return task
 
 
-def create_optimizer(args: argparse.Namespace, model: torch.nn.Module, world_size: int) -> torch.optim.Optimizer:
-    """The optimizer of `--opt`, with the rate `--lr`, or `--lr-base` scaled to the images in an update as timm does."""
+def create_optimizer(args: argparse.Namespace, model: torch.nn.Module, images: int) -> torch.optim.Optimizer:
+    """The optimizer of `--opt`, with the rate `--lr`, or `--lr-base` scaled as timm does.
+
+    Args:
+        images: Images in a batch of all processes.
+    """
     kwargs = optimizer_kwargs(args)
     if args.lr is None:
-        ratio = args.batch_size * world_size * args.grad_accum_steps / args.lr_base_size
+        ratio = images * args.grad_accum_steps / args.lr_base_size
         scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
         kwargs['lr'] = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
     try:
@@ -163,5 +167,6 @@ def create_optimizer(args: argparse.Namespace, model: torch.nn.Module, world_siz
         if optimizer_class in (torch.optim.Adam, torch.optim.AdamW) and not args.opt_kwargs.keys() & _NOT_FUSED:
             kwargs['fused'] = True  # faster; a fused SGD would need the momentum of all parameters, also of new ones
         return create_optimizer_v2(model, **{**kwargs, **args.opt_kwargs})
-    except TypeError as e:
-        raise ValueError(f'{args.opt} does not take all of --opt-kwargs {args.opt_kwargs}: {e}') from e
+    except (IndexError, TypeError) as e:
+        raise ValueError(
+            f'{args.opt} does not take --opt-betas {args.opt_betas} or --opt-kwargs {args.opt_kwargs}: {e}') from e

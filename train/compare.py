@@ -213,7 +213,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m train.compare',
         description='Train several models with one recipe and several seeds, and compare them.',
-        epilog='All other arguments go to every python -m train: --data-dir DIR, --epochs 10, ...')
+        epilog='All other arguments go to every python -m train: --data-dir DIR, --epochs 10, ...',
+        allow_abbrev=False)  # --seed is an argument of python -m train
     parser.add_argument('-c', '--config', required=True, metavar='NAME',
                         help='a comparison in train/comparisons, or a YAML file like those')
     parser.add_argument('--smoke', action='store_true', help='the size that ends in minutes on two cores, on digits')
@@ -221,7 +222,12 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--seeds', nargs='+', type=int, metavar='N', help='other seeds')
     parser.add_argument('--output', default='output', metavar='DIR', help='folder for its folder')
     args, others = parser.parse_known_args(argv)
+    trainings = create_parser()
+    given = vars(trainings.parse_args(others, argparse.Namespace(**dict.fromkeys(vars(trainings.parse_args([]))))))
+    given = {key: value for key, value in given.items() if value is not None}
     try:
+        if 'seed' in given:
+            raise ValueError(f'--seed {given["seed"]} is for one training: name the seeds of all by --seeds.')
         config = load_config(args.config, args.smoke)
         for model in args.models or []:
             if model not in config['models']:
@@ -232,9 +238,6 @@ def main(argv: Optional[List[str]] = None) -> None:
     seeds = args.seeds or config['seeds']
 
     name = Path(args.config).stem + ('-smoke' if args.smoke else '')
-    parser = create_parser()
-    given = vars(parser.parse_args(others, argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))))
-    given = {key: value for key, value in given.items() if value is not None}
     folder = open_folder(Path(args.output), name, dict(models=models, seeds=seeds, **given))
     families = [
         [name for name, other in models.items() if {**other, 'epochs': 0} == {**recipe, 'epochs': 0}]

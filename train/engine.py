@@ -155,7 +155,7 @@ def train_one_epoch(run: Run) -> Dict[str, Optional[float]]:
         unread.append(sums)
         sums = torch.zeros_like(sums)
         stopping = bool(run.signals)
-        log, recover = (bool(n) and num_updates % n == 0 for n in (args.log_interval, args.recovery_interval))
+        log, recover = (n > 0 and num_updates % n == 0 for n in (args.log_interval, args.recovery_interval))
         if not (log or recover or batch + 1 == num_batches or len(unread) >= read_every
                 or stopping and not process.distributed):
             continue

@@ -81,7 +81,7 @@ def plot_curves(summary: Path, path: Path) -> None:
         axes.set(xlabel='epoch')
         axes.grid(alpha=0.3)
         axes.legend(title='after the last epoch', fontsize='small', loc='upper center', bbox_to_anchor=(0.5, -0.13))
-    losses.set(ylabel='cross-entropy loss')
+    losses.set(ylabel='loss')
     accuracies.set(ylabel='accuracy, %')
     figure.savefig(path, dpi=150)
 

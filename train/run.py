@@ -120,12 +120,12 @@ def build(args: argparse.Namespace, process: Process) -> Run:
         raise ValueError(f'there are {len(train_set)} images to train on, too few for a batch of {batch_size}.')
     task = create_task(args, model, process)
     task.progress.update(images=batch_size * process.world_size, classes=class_names(train_set))
-    optimizer = create_optimizer(args, model, process.world_size)
+    optimizer = create_optimizer(args, model, task.progress['images'])
     lr_scheduler, num_epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(args), updates_per_epoch=count_updates(len(loader), args))
     if process.primary and process.device.type == 'cpu' and not args.amp and computes_bfloat16():
         _logger.info('This CPU trains faster in bfloat16: --amp --amp-dtype bfloat16.')
-    scaled = args.amp and args.amp_dtype == 'float16' and process.device.type == 'cuda'
+    scaled = args.amp and args.amp_dtype == 'float16'
     return Run(
         args=args,
         process=process,
@@ -181,7 +181,7 @@ def train(run: Run, folder: Path) -> None:
         if process.primary:
             saver, log = _open_log(run, folder, checkpoint)
             run.save = lambda: saver.save_recovery(progress['epoch'], progress['batch'])
-        prune_epoch = int(args.prune_connections[1] * run.num_epochs) if args.prune_connections else None
+        prune_epoch = round(args.prune_connections[1] * run.num_epochs) if args.prune_connections else None
         for epoch in range(progress['epoch'], run.num_epochs):
             if epoch == prune_epoch and progress['pruned'] is None:
                 prune(run, choose_pruned(run))
@@ -231,7 +231,7 @@ def prune(run: Run, pairs: List[Tuple[int, int]]) -> None:
     model = run.networks[0]
     task.progress['pruned'] = pairs
     before = run.optimizer
-    run.optimizer = run.lr_scheduler.optimizer = create_optimizer(run.args, model, run.process.world_size)
+    run.optimizer = run.lr_scheduler.optimizer = create_optimizer(run.args, model, task.progress['images'])
     old, new = (getattr(optimizer, '_base_optimizer', optimizer) for optimizer in (before, run.optimizer))  # Lookahead
     new.state.update({p: old.state[p] for p in model.parameters() if p in old.state})
     for group, old_group in zip(new.param_groups, old.param_groups):  # numbers of steps, of some optimizers

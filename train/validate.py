@@ -10,6 +10,7 @@ from timm.data import resolve_input_data_config
 from timm.utils import setup_default_logging
 
 from timm_dresnet.cli import load
+from timm_dresnet.images import label_names
 
 from .arguments import add_data_arguments, add_device_arguments, positive
 from .build import Process, set_up_process
@@ -32,7 +33,7 @@ def measure(
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     dataset = open_dataset(args, False, data_config['input_size'][0])
-    check_classes(dataset, model.num_classes, model.pretrained_cfg.get('label_names') or ())
+    check_classes(dataset, model.num_classes, label_names(model.pretrained_cfg, model.num_classes))
     metrics = validate(model, create_eval_loader(args, dataset, data_config, process), args, process)
     bad = count_bad_images([dataset], process)
     if bad and process.primary:
