@@ -48,6 +48,16 @@ def test_report(monkeypatch, capsys, tmp_path):
     assert lines[0][3] == f'{baseline["parameters"]:,}' and lines[0][6] == f'{2 / batch:.1f} images/s'
 
 
+def test_arguments_of_models(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, '_SAMPLE_SECONDS', 0.)
+    benchmark.main(['--models', 'test_dresnet', '--baseline', 'test_resnet', '--model-kwargs', 'connected_stages=1',
+                    '--img-size', '32', '-b', '2', '--rounds', '1', '--device', 'cpu'])
+    models = (timm.create_model('test_dresnet', num_classes=1000, connected_stages=1), timm.create_model('test_resnet'))
+    parameters, of = (sum(p.numel() for p in model.parameters()) for model in models)
+    row = f'| test_dresnet connected_stages=1 | test_resnet | 2x3x32x32 | {parameters / of:.3f} |'
+    assert row in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('name,what', [('test_dresnet', 'fused'), ('test_resnet', 'norms folded'), ('test_vit', None)])
 def test_prepare_for_inference(name, what):
     model = timm.create_model(name).eval()
@@ -80,7 +90,9 @@ def test_multiply_adds():
 @pytest.mark.parametrize('args,words', [
     (['--models', 'test_dresnett', '--baseline', 'test_resnet'], ['test_dresnett', 'did you mean test_dresnet']),
     (['--models', 'test_dresnet'], ['--baseline']),
-    (['--all', '--models', 'test_dresnet', '--baseline', 'test_resnet'], ['exclude --all']),
+    (['--all', '--models', 'test_dresnet', '--baseline', 'test_resnet'], ['--all excludes them']),
+    (['--model-kwargs', 'gate=gauss'], ['--model-kwargs needs them']),
+    (['--models', 'test_dresnet', '--baseline', 'test_resnet', '--model-kwargs', 'gat=gauss'], ["no argument 'gat'"]),
     (['--cuda-graphs'], ['--cuda-graphs', 'cpu']),
     (['--md', 'no/such/x.md'], ['there is no folder no/such']),
     (['--device', 'nothing'], ['--device nothing']),

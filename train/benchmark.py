@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from timm_dresnet.folding import fold_norms
 
-from .arguments import positive
+from .arguments import KeyValues, positive
 from .build import check_model_name, set_up_process
 from .results import format_head, format_row
 
@@ -162,7 +162,9 @@ def measure(pair: Pair, args: argparse.Namespace, device: torch.device) -> Dict[
     torch.manual_seed(0)
     models, results = {}, {}
     for role, name in (('model', pair.model), ('baseline', pair.baseline)):
-        models[role] = timm.create_model(name, num_classes=num_classes)
+        kwargs = args.model_kwargs if role == 'model' else {}
+        models[role] = timm.create_model(name, num_classes=num_classes, **kwargs)
+        name = ' '.join([name, *(f'{key}={value}' for key, value in kwargs.items())])
         results[role] = dict(name=name)
         prepared = prepare_for_inference(models[role])
         if prepared is not None:
@@ -251,6 +253,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--models', nargs='+', metavar='NAME', help='architectures, any of timm.list_models()')
     parser.add_argument('--baseline', metavar='NAME', help='the architecture to compare them with')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+                        help='other arguments of the models, not of the baseline, such as connected_stages=1')
     parser.add_argument('--all', action='store_true',
                         help='besides these, DResNets of 34 and 101 layers, and of 20 and 56 on batches of 128x3x32x32')
     parser.add_argument('--img-size', type=positive, default=224, metavar='N', help='image size')
@@ -265,8 +269,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.set_defaults(deterministic=False)
     args = parser.parse_args(argv)
     args.compile |= args.cuda_graphs
-    if bool(args.models) != bool(args.baseline) or args.all and args.models:
-        parser.error('--models and --baseline need each other, and exclude --all.')
+    if bool(args.models) != bool(args.baseline) or args.all and args.models or args.model_kwargs and not args.models:
+        parser.error('--models and --baseline need each other, --model-kwargs needs them, and --all excludes them.')
     names = [(model, args.baseline) for model in args.models or ()] or (_ALL if args.all else _PAIRS)
     pairs = [Pair(*pair, args.img_size, args.batch_size) for pair in names]
     if args.all:
@@ -278,8 +282,9 @@ def main(argv: Optional[List[str]] = None) -> None:
         for pair in pairs:
             check_model_name(pair.model)
             check_model_name(pair.baseline)
+            timm.create_model(pair.model, device='meta', **args.model_kwargs)
         device = set_up_process(args).device
-    except ValueError as e:
+    except (TypeError, ValueError) as e:
         parser.error(str(e))
     if args.cuda_graphs and device.type != 'cuda':
         parser.error(f'--cuda-graphs needs a CUDA device, not {device.type}.')
