@@ -135,6 +135,8 @@ def create_task(args: argparse.Namespace, model: torch.nn.Module, process: Proce
     if graphs and args.grad_accum_steps > 1 and process.device.type == 'cuda':
         raise ValueError(f'--grad-accum-steps does not work with --torchcompile-mode {args.torchcompile_mode}, whose '
                          'CUDA graphs overwrite gradients (pytorch#169545): leave out either.')
+    if args.torchcompile and args.torchcompile not in (backends := torch.compiler.list_backends(())):
+        raise ValueError(f'--torchcompile {args.torchcompile}: there are the backends {", ".join(backends)}.')
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     if args.grad_checkpointing:
