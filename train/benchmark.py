@@ -282,7 +282,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         for pair in pairs:
             check_model_name(pair.model)
             check_model_name(pair.baseline)
-            timm.create_model(pair.model, device='meta', **args.model_kwargs)
+            with torch.device('meta'):
+                timm.create_model(pair.model, **args.model_kwargs)
         device = set_up_process(args).device
     except (TypeError, ValueError) as e:
         parser.error(str(e))
