@@ -249,7 +249,7 @@ def test_loss_that_is_not_finite(tmp_path):
     (['--opt-kwargs', 'speed=1'], ['sgd', '--opt-kwargs', 'speed']),
     (['--opt', 'adamw', '--opt-betas', '0.9'], ['adamw', '--opt-betas [0.9]']),
     (['--torchcompile', 'inducter'], ['--torchcompile inducter', 'inductor']),
-    (['--input-img-mode', 'XX'], ['1 channels', 'XX', '--input-img-mode']),
+    (['--input-img-mode', 'XX'], ['--input-img-mode', "'XX'", 'RGB']),
     (['--device', 'abacus'], ['--device abacus']),
     (['--device', 'cpu', '--sync-bn'], ['--sync-bn needs CUDA']),
     (['--pretrained-path', __file__], ['test_train.py', 'weights_only']),

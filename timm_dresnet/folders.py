@@ -90,8 +90,7 @@ def load_checkpoint(path: Path) -> nn.Module:
         raise ValueError(
             f"{path} cannot be loaded as a checkpoint of python -m train or timm's train.py: {first_line(e)}") from e
     model.pretrained_cfg.update(resolve_data_config(args, model=model), num_classes=model.num_classes)
-    if len(state.get('classes') or ()) == model.num_classes:
-        model.pretrained_cfg['label_names'] = state['classes']
+    model.pretrained_cfg['label_names'] = state.get('classes')  # and not those of other weights
     return model.eval()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, List, Optional
 
 import yaml
+from PIL import Image
 from timm.utils import ParseKwargs
 
 _CPUS = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -55,7 +56,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--pin-mem', action=_Switch, default=None,
                        help='pin memory, so that copies to a GPU go on beside its work (on a GPU, if not set)')
     group.add_argument('--class-map', default='', metavar='FILE', help='file that maps classes to indices')
-    group.add_argument('--input-img-mode', metavar='MODE', help='mode of images in PIL (L for one channel, else RGB)')
+    group.add_argument('--input-img-mode', choices=Image.MODES, metavar='MODE',
+                       help='mode of images in PIL (L for one channel, else RGB)')
     group.add_argument('--input-key', metavar='KEY', help='where a sample of hfds/, hfids/ or wds/ has its image')
     group.add_argument('--target-key', metavar='KEY', help='and where its class')
     group.add_argument('--in-memory', action=_Switch, help='decode all images once and keep them in memory')

@@ -157,12 +157,8 @@ class Images(Dataset):
 def open_dataset(args: argparse.Namespace, is_training: bool, in_chans: int) -> Dataset:
     """The data set of `--train-split` or `--val-split`: `Images`, or a stream of timm's."""
     split = args.train_split if is_training else args.val_split
-    mode = args.input_img_mode or _MODES.get(in_chans, '')
-    try:
-        channels = Image.getmodebands(mode)
-    except KeyError:  # PIL has no such mode
-        channels = 0
-    if channels != in_chans:
+    mode = args.input_img_mode or _MODES.get(in_chans)
+    if not mode or Image.getmodebands(mode) != in_chans:
         raise ValueError(f'the model takes {in_chans} channels, and images have {mode or ", ".join(_MODES.values())}: '
                          'see --in-chans and --input-img-mode.')
     if not args.dataset:
