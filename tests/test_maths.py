@@ -120,7 +120,7 @@ def test_adaresnet(arch, kwargs, training):
 
 @pytest.mark.parametrize('amp', [False, True], ids=['float32', 'amp'])
 @pytest.mark.parametrize('arch,base,limit', [
-    ('dresnet18', 'resnet18', 1.2), ('dresnet56_cifar', 'resnet56_cifar', 1.4), ('adaresnet50', 'resnet50', 1.1),
+    ('dresnet18', 'resnet18', 1.3), ('dresnet56_cifar', 'resnet56_cifar', 1.5), ('adaresnet50', 'resnet50', 1.1),
 ])
 def test_memory_kept_for_the_backward_pass(arch, base, limit, amp):
     """For each image, as much as for the blocks: nothing for pairs of them, of which 56 layers have 325."""
