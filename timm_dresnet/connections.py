@@ -4,7 +4,8 @@ Three things make this cheap without changing the function:
 
 * Pooling commutes with a 1x1 convolution, so every source is pooled first, and once for all its targets.
 * All targets of one source at one resolution share one convolution and one norm, their channels side by side.
-* In training and when fused, norms and gates fold into kernels, and the sources at hand share one convolution.
+* When fused, and in training where that takes no longer, norms and gates fold into kernels, and the sources at hand
+  share one convolution.
 """
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
