@@ -123,7 +123,7 @@ def test_adaresnet(arch, kwargs, training):
     ('dresnet18', 'resnet18', 1.3), ('dresnet56_cifar', 'resnet56_cifar', 1.5), ('adaresnet50', 'resnet50', 1.1),
 ])
 def test_memory_kept_for_the_backward_pass(arch, base, limit, amp):
-    """For each image, as much as for the blocks: nothing for pairs of them, of which 56 layers have 325."""
+    """For each image little more than for the blocks, although there are 325 pairs of them in 56 layers."""
     def kept(name, batch):
         model = timm.create_model(name).to(memory_format=torch.channels_last)
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
