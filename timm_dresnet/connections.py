@@ -185,14 +185,14 @@ class Connections(nn.Module):
         """Projections of sources, where they are None to be fused, that fold into one convolution, or else one each."""
         groups: Dict[Tuple[Any, ...], List[Projection]] = {}
         for k, projection in ((k, self.projections[str(k)]) for k in ys if k in self.targets):
-            conv, training, fusing = projection.conv, projection.norm.training, ys[k] is None
+            conv, norm, fusing = projection.conv, projection.norm, ys[k] is None
             # Inputs are put side by side where that costs less than sums of outputs; in training, where their
             # covariance takes no longer than norms of the outputs, which would be kept for the backward pass. Not in
             # eval mode, whose outputs equal those of a graph of torch.fx to the last bit (there one can fuse).
-            folds = (fusing or training) and projection.can_fold(ys[k]) and (
+            folds = (fusing or norm.training) and projection.can_fold(ys[k]) and (
                 conv.in_channels <= max(64, conv.out_channels) if fusing
                 else conv.in_channels ** 2 <= 16 * conv.out_channels)
-            key = (projection.targets, training, projection.norm.eps) if folds else (k,)
+            key = (projection.targets, norm.eps) if folds else (k,)
             groups.setdefault((folds, *key), []).append(projection)
         return [(folds, group) for (folds, *_), group in groups.items()]
 
