@@ -166,6 +166,10 @@ def test_validate_a_folder_of_images(digits_folder, tmp_path, capsys, caplog):
     assert f'On {len(paths) - 1} images:' in capsys.readouterr().out and '1 images cannot be read' in caplog.text
     line, = rows(tmp_path / 'x.csv')
     assert (line['model'], line['images']) == (str(digits_folder), str(len(paths) - 1)) and float(line['top1']) > 90
+    for folder in (tmp_path / 'validation').iterdir():
+        folder.rename(folder.with_name(f'digit {folder.name}'))
+    validate.main(arguments)
+    assert 'no class named digit 1 or digit 2 or digit 3: ' in caplog.text
 
 
 def test_errors_of_validate(digits_folder, tmp_path):

@@ -129,7 +129,7 @@ class AdaResNet(ResNet):
         Args:
             block, layers, **kwargs: As for `ResNet`.
             skip_init: Value that the skip weights start from: 1 is a ResNet. 0, the paper's, is a network without
-                shortcuts, and deep ones do not train from it.
+                shortcuts, from which deep ones train badly.
             skip_weight: How many there are: 'per_block', 'per_kind' (one for all identity shortcuts and one for all
                 projections) or 'shared' (one for the network).
             zero_init_last: Start the last norm weight of every branch at 0. None does so unless skip_init is 0, when

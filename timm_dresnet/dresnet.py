@@ -123,12 +123,13 @@ class DResNet(ResNet):
         Args:
             block, layers, norm_layer, **kwargs: As for `ResNet`.
             gate: Gate function F, 'sigmoid', 'gauss' or 'linear'.
-            gate_init: Gate value F(w) to start from. None starts the n gates of a block at 0.5 / n: where each started
-                at 0.5, what many connections add would drown what the block before puts out.
+            gate_init: Gate value F(w) to start from. None starts the n gates of a block at 0.5 / n, so that
+                they add up to 0.5.
             connection_rank: Number of channels in which the connections into a block are summed, before one 1x1
                 convolution expands the sum to the block's input. None sums them at full width, and so does 0, for
                 models whose default is a number: ``timm.create_model`` drops arguments that are None.
-            connected_stages: Number of stages, counted from the last, into which connections lead; None for all.
+            connected_stages: Number of stages, counted from the last, whose output shape connections lead to: 1 is into
+                the blocks of the last stage after its first. None for all.
             pruned_connections: Connections that are left out, as (target, source) block numbers: the attribute of this
                 name of a network that has been pruned.
             inference_mode: Build the network as `timm.utils.reparameterize_model` leaves it, for weights saved then.

@@ -28,14 +28,14 @@ def grow(model: nn.Module, kind: str = 'dresnet', **kwargs: Any) -> ResNet:
     for ``grown_from``. The model that is given is left as it is.
 
     Args:
-        model: Any ResNet of timm (ResNeXt, wide, with attention, ...) or of this package, such as
+        model: Any ResNet of `timm.models.resnet` (ResNeXt, wide, with attention, ...) or of this package, such as
             ``timm.create_model('resnet50d', pretrained=True)``.
         kind: 'dresnet' or 'adaresnet'.
         **kwargs: Arguments of `DResNet` (``gate``, ``gate_init``, ``connection_rank``, ``connected_stages``) or of
-            `AdaResNet` (``skip_weight``). If not given, gates are linear and start at 0, connections lead into the last
-            stage alone, where they cost least, and are summed at full width where that adds at most 13 % to parameters
-            and multiply-adds, else with the largest rank up to 64 that does. Behind gates that start elsewhere, the
-            connections' norm weights start at 0.
+            `AdaResNet` (``skip_weight``). If not given, gates are linear and start at 0, connections lead into the
+            blocks of the last stage after its first, where they cost least, and are summed at full width where that
+            adds at most 13 % to parameters and multiply-adds, else with the largest rank up to 64 that does. Behind
+            gates that start elsewhere, the connections' norm weights start at 0.
 
     Raises:
         ValueError: If the model is no ResNet that can grow, or an argument is not one of the choices.

@@ -126,7 +126,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--opt-betas', type=float, nargs='+', metavar='X', help='betas (optimizer default if not set)')
     group.add_argument('--momentum', type=float, default=0.9, metavar='X', help='momentum')
     group.add_argument('--weight-decay', type=float, default=2e-5, metavar='X', help='weight decay')
-    group.add_argument('--layer-decay', type=float, metavar='X', help='decay of the learning rate from layer to layer')
+    group.add_argument('--layer-decay', type=float, metavar='X', help='decay of the learning rate from block to block')
     group.add_argument('--clip-grad', type=float, metavar='X', help='clip gradients at this value')
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='how to clip')
     group.add_argument('--opt-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',

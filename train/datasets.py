@@ -258,6 +258,9 @@ def check_classes(dataset: Dataset, num_classes: int, label_names: Sequence[str]
             f'the data set has {len(names)} classes, the model {num_classes}: see --num-classes, and whether all of '
             f'these are classes: {", ".join(names[:10])}{", ..." if len(names) > 10 else ""}.')
     known = [name for name in names if name in label_names]
+    if names and label_names and not known:
+        _logger.warning(
+            f'The model has no class named {" or ".join(names[:3])}: classes of the data set count by their numbers.')
     for index, name in enumerate(names):
         if known and (name not in label_names or label_names.index(name) != index):
             number = label_names.index(name) if name in label_names else 'none'
