@@ -44,6 +44,7 @@ def assert_same(fused, model, x, tolerance):
     ('dresnet18', dict(avg_down=True, output_stride=8)), ('adaresnet50', dict(avg_down=True, act_layer='silu')),
     ('adaresnet18', dict(block_args=dict(attn_layer='se'))), ('dresnet18', dict(stem_type='deep', stem_width=32)),
     ('dresnet18', dict(norm_layer='groupnorm')), ('adaresnet18', dict(norm_layer='groupnorm')),
+    ('adaresnet18', dict(norm_layer=nn.Identity)),
 ], ids=str)
 def test_same_function(name, kwargs):
     model, x = create(name, **kwargs)
@@ -114,3 +115,4 @@ def test_training_is_refused_but_inside_a_network(name):
     assert network[1].training and not any(module.training for module in fused.modules())
     network(x).sum().backward()
     assert_close(fused(x), expected)
+    assert not reparameterize_model(model.requires_grad_(False)).train().training

@@ -136,8 +136,31 @@ def test_grown_by_name():
         assert timm.list_pretrained(f'{name}.init_*') and timm.create_model(name, device='meta').num_classes == 1000
 
 
+@pytest.mark.parametrize('norm_layer', ['layernorm2d', 'groupnorm', nn.Identity])
+def test_grown_where_there_are_no_batch_norms(norm_layer):
+    resnet = timm.create_model('resnet18', channels=(32, 32, 64, 64), norm_layer=norm_layer)
+    model = timm_dresnet.grow(resnet, gate_init=0.5)
+    nn.init.ones_(model.connections['layer4'].projections['1'].norm[0].weight)
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(model(x)[:1], model(x[:1]))  # in training
+
+
+@pytest.mark.parametrize('kind', ['dresnet', 'adaresnet'])
+def test_grown_on_the_meta_device(kind):
+    resnet = timm.create_model('test_resnet')
+    model = timm_dresnet.grow(timm.create_model('test_resnet', device='meta'), kind)
+    model.load_state_dict(timm_dresnet.grow(resnet, kind).state_dict(), assign=True)
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model.eval()(x), resnet.eval()(x))
+
+
 def cut(resnet):
     resnet.layer4 = torch.nn.Identity()
+    return resnet
+
+
+def shorten(resnet):
+    resnet.prune_intermediate_layers([2])
     return resnet
 
 
@@ -146,6 +169,7 @@ def cut(resnet):
     (lambda: timm.create_model('test_vit'), 'dresnet', {}, 'a ResNet of timm.*VisionTransformer'),
     (lambda: timm.create_model('test_dresnet'), 'dresnet', {}, 'without learned connections.*DResNet'),
     (lambda: cut(timm.create_model('test_resnet')), 'dresnet', {}, 'a whole ResNet.*layer4'),
+    (lambda: shorten(timm.create_model('test_resnet')), 'dresnet', {}, 'a whole ResNet.*layer3'),
     (lambda: timm.create_model('skresnet18'), 'adaresnet', {}, 'SelectiveKernelBasic'),
     (lambda: timm.create_model('test_resnet'), 'plainnet', {}, "'dresnet', 'adaresnet', got 'plainnet'"),
     (lambda: timm.create_model('test_resnet'), 'adaresnet', dict(gate='gauss'), "skip_weight.*not 'gate'"),

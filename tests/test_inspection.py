@@ -47,6 +47,8 @@ def test_records_of_an_adaresnet():
     assert [r['kind'] for r in records] == ['identity'] * 2 + ['projection', 'identity'] * 3
     assert [r['alpha'] for r in records] == [0.25] * 2 + [-1., 0.25] * 3
     assert [r['target_name'] for r in records][:3] == ['layer1.0', 'layer1.1', 'layer2.0']
+    records = timm_dresnet.connections(timm.create_model('adaresnet18', skip_init=-1.), images())
+    assert [r['share'] for r in records] == [1.] + [0.] * 7  # nothing is left behind the first block
 
 
 @pytest.mark.parametrize('arch', ['test_dresnet', 'test_adaresnet'])
@@ -103,9 +105,11 @@ def state_of(model):
 
 
 @pytest.mark.parametrize('measure', [timm_dresnet.connections, timm_dresnet.signal_propagation])
-@pytest.mark.parametrize('name', ['test_dresnet', 'test_adaresnet'])
-def test_measuring_leaves_no_trace(name, measure):
-    model = timm.create_model(name).train()
+@pytest.mark.parametrize('name,kwargs', [
+    ('test_dresnet', {}), ('test_adaresnet', {}), ('test_adaresnet', dict(skip_weight='shared'))], ids=str)
+def test_measuring_leaves_no_trace(name, kwargs, measure):
+    model = timm.create_model(name, **kwargs).train()
+    parameters = list(model.parameters())
     model.layer2.eval()
     model.conv1.weight.requires_grad_(False)
     before = state_of(model)
@@ -114,6 +118,7 @@ def test_measuring_leaves_no_trace(name, measure):
     assert state_of(model) == before
     assert all(torch.equal(value, tensors[key]) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
     with pytest.raises(RuntimeError):
         measure(model, images()[:, :1])
     assert state_of(model) == before

@@ -285,11 +285,12 @@ def test_layer_decay_groups(name):
 
 def test_other_feature_extractors():
     x, full = images(), create('dresnet18').eval()
-    model = create('dresnet18', features_only=True, feature_cls='hook').eval()
-    for feature, expected in zip(model(x), full.forward_intermediates(x, intermediates_only=True)):
-        assert_close(feature, expected)
-    with pytest.raises(RuntimeError, match='features_only=True'):  # it runs stage after stage, without connections
-        create('dresnet18', features_only=True, feature_cls='list')(x)
+    for kind in ('hook', 'fx'):
+        model = create('dresnet18', features_only=True, feature_cls=kind, out_indices=(1, 2, 3, 4)).eval()
+        for feature, expected in zip(model(x), full.forward_intermediates(x, [1, 2, 3, 4], intermediates_only=True)):
+            assert_close(feature, expected)
+    with pytest.raises(AssertionError, match='layer1.1'):  # it runs stage after stage, without connections
+        create('dresnet18', features_only=True, feature_cls='list')
 
 
 def test_weights_made_again():

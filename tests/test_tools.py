@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrizations, prune
 
 import test_maths
@@ -189,6 +190,11 @@ def test_sharding_of_every_leaf(name, one_process):
     assert_close(output, expected)
     output.square().mean().backward()
     assert all(p.grad is not None for p in model.parameters())
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            if isinstance(value, DTensor):
+                value.to_local().zero_()
+    assert not any(p.full_tensor().any() for p in model.parameters())
 
 
 def test_large_means():

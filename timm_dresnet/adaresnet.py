@@ -34,7 +34,7 @@ class SkipWeight(nn.Module):
             # storage of their own, as safetensors asks for
             alpha = destination[prefix + 'alpha']
             others = (value for key, value in destination.items() if key.endswith('.skip_weight.alpha'))
-            if any(other is not alpha and other.data_ptr() == alpha.data_ptr() for other in others):
+            if any(other is not alpha and other.data_ptr() == alpha.data_ptr() != 0 for other in others):
                 destination[prefix + 'alpha'] = alpha.clone()
 
     def forward(self, branch: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
@@ -58,12 +58,14 @@ class AdaBlock(nn.Module):
     def reparameterize(self) -> None:
         """Fold norms into convolutions, and with them the weight of a projection shortcut, for inference."""
         self.fused = fold_norms(self) or self.fused
-        folded = self.downsample is not None and isinstance(self.downsample[-1], nn.Identity)
-        if folded and can_bypass(self.skip_weight, SkipWeight):
-            conv = self.downsample[-2]
-            conv.weight.mul_(self.skip_weight.alpha)
-            conv.bias.mul_(self.skip_weight.alpha)
+        if self.downsample is None or not isinstance(self.downsample[-1], nn.Identity):
+            return
+        conv = self.downsample[-2]
+        if can_bypass(conv, nn.Conv2d) and can_bypass(self.skip_weight, SkipWeight):
+            for parameter in conv.parameters():
+                parameter.mul_(self.skip_weight.alpha)
             self.skip_weight: Any = Add()
+            self.fused = True
 
     def add_shortcut(self, x: torch.Tensor) -> torch.Tensor:
         """`branch(x) + alpha * shortcut(x)`, `[B, C, H, W]`."""
@@ -192,7 +194,7 @@ class AdaResNet(ResNet):
         for name, module in self.named_modules(remove_duplicate=False):
             if isinstance(module, SkipWeight) and f'{prefix}{name}.alpha' in state_dict:
                 alphas.setdefault(module, []).append(state_dict[f'{prefix}{name}.alpha'])
-        if any((alpha != values[0]).any() for values in alphas.values() for alpha in values[1:]):
+        if any((alpha != values[0]).any() for values in alphas.values() for alpha in values[1:] if not alpha.is_meta):
             raise RuntimeError(
                 'These weights are those of a network made with another skip_weight: blocks that share one here have '
                 'different ones there.')

@@ -58,8 +58,9 @@ class Projection(nn.Module):
     def become(self, sources: Sequence[int], kernel: torch.Tensor, bias: torch.Tensor) -> None:
         """Be a plain convolution of several sources from now on."""
         self.sources, self.norm = tuple(sources), nn.Identity()
+        trained = self.conv.weight.requires_grad
         self.conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], 1, device='meta')
-        self.conv.weight, self.conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
+        self.conv.weight, self.conv.bias = nn.Parameter(kernel, trained), nn.Parameter(bias, trained)
 
 
 @dataclass

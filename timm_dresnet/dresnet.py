@@ -181,6 +181,7 @@ class DResNet(ResNet):
                 **dd,
             ) if name in connected else None
             setattr(self, name, DResNetStage(getattr(self, name), first, connections))
+            info['module'] = f'{name}.{depth - 1}'  # to torch.fx, what runs last under a stage's name is a connection
         self.prune_connections(pruned_connections)
         if inference_mode:
             reparameterize_model(self, inplace=True)
@@ -271,7 +272,7 @@ def start_from_resnet(state_dict: Dict[str, torch.Tensor]) -> None:
     Where linear gates start at 0 they stay, since behind these and norm weights of 0 nothing would ever train.
     """
     gates = [value for name, value in state_dict.items() if name.endswith('.linear_weight')]
-    if gates and not any(gate.any() for gate in gates):
+    if gates and not any(gate.is_meta or gate.any() for gate in gates):
         return
     for name, value in state_dict.items():
         if '.connections.' in name and '.norm.' in name and name.endswith('.weight'):

@@ -5,8 +5,11 @@ from functools import partial
 from typing import Any, Dict, List, Sequence
 
 import torch.nn as nn
+from timm.layers import GroupNorm1
+from timm.layers.norm_act import FrozenBatchNorm2d
 from timm.models import create_model, generate_default_cfgs, get_pretrained_cfg, register_model, resnet
 from timm.models._input import update_model_args
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .adaresnet import AdaBasicBlock, AdaBottleneck, AdaResNet
 from .adaresnet import checkpoint_filter_fn as _adaresnet_filter_fn
@@ -60,7 +63,8 @@ def _adopt(model: nn.Module, family: Any) -> Any:
             f'a ResNet of timm without learned connections is needed, got a {type(model).__name__}: give the network '
             'itself, not one made with features_only=True, compiled or wrapped.')
     names = getattr(model, 'stage_names', ('layer1', 'layer2', 'layer3', 'layer4'))
-    if missing := [name for name in names if not isinstance(getattr(model, name), nn.Sequential)]:
+    stages = {name: getattr(model, name) for name in names}
+    if missing := [name for name, stage in stages.items() if not isinstance(stage, nn.Sequential) or not len(stage)]:
         raise ValueError(f'a whole ResNet is needed, from this one {missing[0]} was taken out.')
     args = getattr(model, '_model_args', {})  # which timm.create_model has noted, and which a property of family hides
     model.__dict__.pop('_model_args', None)
@@ -88,8 +92,10 @@ def _grow_dresnet(
     grown = _adopt(model, DResNet)
     if connection_rank is None:
         connection_rank = _choose_rank(grown, connected_stages)
+    norm_layer = nn.BatchNorm2d if isinstance(grown.bn1, (_BatchNorm, FrozenBatchNorm2d)) else GroupNorm1
     grown.add_connections(
-        gate, gate_init, connection_rank, connected_stages, **kwargs, **_device_and_dtype(grown))
+        gate, gate_init, connection_rank, connected_stages, norm_layer=norm_layer, **kwargs,
+        **_device_and_dtype(grown))
     # what is saved loads with these, whatever the defaults are then
     update_model_args(grown, gate=gate, connection_rank=connection_rank, connected_stages=connected_stages)
     return grown

@@ -29,14 +29,14 @@ _Measures = Dict[Tuple[int, Optional[int]], Dict[str, float]]
 
 def blocks(model: nn.Module) -> List[Tuple[str, nn.Module]]:
     """Names and modules of a ResNet's blocks, in order."""
-    stages = [info['module'] for info in model.feature_info if info['module'].startswith('layer')]
+    stages = [info['module'].split('.')[0] for info in model.feature_info if info['module'].startswith('layer')]
     whole = [name for name in stages if isinstance(model.get_submodule(name), nn.Sequential)]  # others are taken out
     return [(f'{name}.{j}', block) for name in whole for j, block in enumerate(model.get_submodule(name))]
 
 
 def _compare(part: torch.Tensor, whole: torch.Tensor) -> Dict[str, float]:
     part, whole = part.double(), whole.double()
-    square = whole.square().sum()
+    square = whole.square().sum().clamp_min(torch.finfo(whole.dtype).tiny)
     return dict(effect=(part.square().sum() / square).sqrt().item(), share=((part * whole).sum() / square).item())
 
 
@@ -174,7 +174,9 @@ def signal_propagation(
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with torch.compiler.set_stance('force_eager'):
+        with torch.compiler.set_stance('force_eager'), ExitStack() as stack:
+            for module in model.modules():  # functional_call loses parameters that several modules share
+                stack.callback(module._parameters.update, dict(module._parameters))
             return functional_call(model, {**weights, **buffers}, x).flatten(1)
 
     outputs = {}
