@@ -1,4 +1,5 @@
 """`python -m train` on scikit-learn's digits."""
+import argparse
 import logging
 import re
 from unittest.mock import Mock
@@ -223,6 +224,16 @@ def test_checkpoint_of_another_run(digits_folder, tmp_path):
 def test_checkpoint_on_another_machine(tmp_path):
     with pytest.raises(ValueError, match='last.pth.tar is not on this machine: --output'):
         resume(Mock(), tmp_path / 'last.pth.tar')
+
+
+def test_checkpoint_of_timm(tmp_path):
+    model = timm.create_model('resnet18', num_classes=5, in_chans=1)
+    args = argparse.Namespace(model='resnet18', num_classes=5, in_chans=1, img_size=64, crop_pct=0.9)
+    torch.save(dict(state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
+    loaded = load_checkpoint(tmp_path / 'last.pth.tar')
+    config = timm.data.resolve_model_data_config(loaded, use_test_size=True)
+    assert (config['input_size'], config['crop_pct'], len(config['mean'])) == ((1, 64, 64), 0.9, 1)
+    assert loaded.pretrained_cfg.get('tag') is None
 
 
 def test_loss_that_is_not_finite(tmp_path):

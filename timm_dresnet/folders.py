@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
-from timm.data import resolve_data_config
+from timm.data import resolve_input_data_config
 from timm.models import get_pretrained_cfg
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
@@ -89,8 +89,11 @@ def load_checkpoint(path: Path) -> nn.Module:
     except Exception as e:  # whatever other files, and weights that do not fit, make torch and timm raise
         raise ValueError(
             f"{path} cannot be loaded as a checkpoint of python -m train or timm's train.py: {first_line(e)}") from e
-    model.pretrained_cfg.update(resolve_data_config(args, model=model), num_classes=model.num_classes)
-    model.pretrained_cfg['label_names'] = state.get('classes')  # and not those of other weights
+    config = model.pretrained_cfg
+    for key in ('tag', 'label_descriptions', 'test_input_size', 'test_crop_pct', 'test_pool_size'):  # of other weights
+        config.pop(key, None)
+    data_config = resolve_input_data_config(model, args)
+    config.update(data_config, num_classes=model.num_classes, label_names=state.get('classes'))
     return model.eval()
 
 
