@@ -286,11 +286,12 @@ def test_layer_decay_groups(name):
 def test_other_feature_extractors():
     x, full = images(), create('dresnet18').eval()
     for kind in ('hook', 'fx'):
-        model = create('dresnet18', features_only=True, feature_cls=kind, out_indices=(1, 2, 3, 4)).eval()
-        for feature, expected in zip(model(x), full.forward_intermediates(x, [1, 2, 3, 4], intermediates_only=True)):
+        model = create('dresnet18', features_only=True, feature_cls=kind).eval()
+        for feature, expected in zip(model(x), full.forward_intermediates(x, intermediates_only=True), strict=True):
             assert_close(feature, expected)
-    with pytest.raises(AssertionError, match='layer1.1'):  # it runs stage after stage, without connections
-        create('dresnet18', features_only=True, feature_cls='list')
+    for name in ('dresnet18', 'dresnet18d'):
+        with pytest.raises(RuntimeError, match='features_only=True'):  # it runs stage after stage, without connections
+            create(name, features_only=True, feature_cls='list')
 
 
 def test_weights_made_again():

@@ -288,7 +288,18 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     return dict(state_dict, **connections)
 
 
+def refuse_feature_cls(feature_cls: Any) -> None:
+    """Refuse features by timm's 'list' or 'dict', which run one stage after another.
+
+    Raises:
+        RuntimeError: If it is one of these.
+    """
+    if feature_cls in ('list', 'dict'):
+        raise RuntimeError(_WHOLE)
+
+
 def _create_dresnet(variant: str, pretrained: bool = False, **kwargs) -> DResNet:
+    refuse_feature_cls(kwargs.get('feature_cls'))
     return build_model_with_cfg(
         DResNet,
         variant,

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .adaresnet import AdaBasicBlock, AdaBottleneck, AdaResNet
 from .adaresnet import checkpoint_filter_fn as _adaresnet_filter_fn
-from .dresnet import DResNet, require_whole_number, start_from_resnet
+from .dresnet import DResNet, refuse_feature_cls, require_whole_number, start_from_resnet
 from .dresnet import checkpoint_filter_fn as _dresnet_filter_fn
 from .pretrained import build_model_with_cfg, grown_cfgs
 from .resnet import ResNet, _cfg
@@ -156,6 +156,8 @@ def _create_grown(kind: str, variant: str, grown_from: str, pretrained: bool, pr
         pretrained_cfg = get_pretrained_cfg(grown_from)
         if pretrained_cfg:
             pretrained_cfg = dataclasses.replace(pretrained_cfg, architecture=variant)
+    if kind == 'dresnet':
+        refuse_feature_cls(kwargs.get('feature_cls'))
     # the other ways to make a feature extractor do not take None for the features of all stages
     out_indices = {} if 'feature_cls' in kwargs else dict(out_indices=None)
     return build_model_with_cfg(
