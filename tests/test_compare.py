@@ -125,6 +125,19 @@ def test_errors_of_comparisons(args, words):
     assert all(word in error.value.code for word in words)
 
 
+@pytest.mark.parametrize('changes,words', [
+    (dict(seeds=3), ['small.yaml', 'int']),
+    (dict(models={'DResNet, a': {}, 'dresnet a': {}}), ['DResNet, a', 'dresnet a', 'differ']),
+    (dict(models={'α=1': {}, '?': {}}), ['differ']),
+])
+def test_wrong_comparisons(changes, words, tmp_path):
+    path = tmp_path / 'small.yaml'
+    path.write_text(yaml.safe_dump({**dict(recipe='digits', seeds=[0], models={20: {}}), **changes}))
+    with pytest.raises(ValueError) as error:
+        load_config(str(path))
+    assert all(word in str(error.value) for word in words)
+
+
 def test_validate(digits_folder, capsys):
     checkpoint = digits_folder / 'last.pth.tar'
     validate.main([str(digits_folder), str(checkpoint), '--dataset', 'digits', '--workers', '0', '--img-size', '16',
@@ -177,7 +190,10 @@ def test_errors_of_validate(digits_folder, tmp_path):
     cut_short.write_bytes((digits_folder / 'last.pth.tar').read_bytes()[:100_000])
     for args, word in ((['no_such_model'], 'no_such_model'),
                        (['plainnet18'], 'plainnet18 comes without weights'),
-                       ([str(cut_short)], str(cut_short)), ([str(digits_folder), '--val-split', 'test'], 'validation')):
+                       ([str(cut_short)], str(cut_short)),
+                       ([str(digits_folder), str(cut_short), '--csv', str(tmp_path / 'x.csv')], str(cut_short)),
+                       ([str(digits_folder), '--val-split', 'test'], 'validation')):
         with pytest.raises(SystemExit) as error:
             validate.main([*args, '--dataset', 'digits', '--workers', '0', '--img-size', '16'])
         assert word in error.value.code and '\n' not in error.value.code
+    assert len(rows(tmp_path / 'x.csv')) == 1

@@ -75,6 +75,14 @@ def test_how_images_are_loaded_changes_nothing(args):
         assert_equal(batches(loader, epoch), batches(expected, epoch))
 
 
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'HSV', 'CMYK', 'F'])
+def test_modes_in_memory(mode):
+    args = '--dataset', 'digits', '--input-img-mode', mode
+    (image, _), (expected, _) = (
+        open_dataset(arguments(*args, *more), False, Image.getmodebands(mode))[7] for more in (['--in-memory'], []))
+    assert (image.mode, image.size, image.tobytes()) == (mode, expected.size, expected.tobytes())
+
+
 def test_an_epoch_from_any_batch_on():
     loader = train_loader(*AUGMENT)
     whole = batches(loader, epoch=1)

@@ -15,6 +15,7 @@ import timm_dresnet
 from conftest import ROOT, rows
 from test_data import write_digits
 from timm_dresnet.folders import load_checkpoint, load_folder
+from timm_dresnet.pretrained import packaged_file
 from train import validate
 from train.__main__ import main
 from train.arguments import parse_args
@@ -39,6 +40,7 @@ def test_digits(digits_folder):
     assert {path.name for path in folder.iterdir()} >= {
         'model.safetensors', 'config.json', 'summary.csv', 'args.yaml', 'curves.png', 'connections.csv',
         'connections.png', 'connections_history.png'}
+    assert (folder / 'model.safetensors').stat().st_mode == (folder / 'args.yaml').stat().st_mode
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     assert isinstance(model, timm_dresnet.DResNet)
     assert model.pretrained_cfg['label_names'] == Digits.classes
@@ -213,7 +215,9 @@ def test_the_newest_whole_checkpoint(digits_folder, tmp_path):
 
 
 def test_checkpoint_of_another_run(digits_folder, tmp_path):
-    folder = train(tmp_path, '--model', 'test_dresnet', '--epochs', 1)
+    (tmp_path / 'digits').mkdir()
+    (tmp_path / 'digits/args.yaml').touch()  # as an editor may leave it
+    folder = train(tmp_path, '--model', 'test_dresnet', '--epochs', 1).with_name('digits-1')
     (folder / 'model.safetensors').unlink()
     (folder / 'last.pth.tar').write_bytes((digits_folder / 'last.pth.tar').read_bytes())
     with pytest.raises(SystemExit, match='pth.tar does not fit this run') as error:
@@ -264,8 +268,11 @@ def test_loss_that_is_not_finite(tmp_path):
     (['--device', 'abacus'], ['--device abacus']),
     (['--device', 'cpu', '--sync-bn'], ['--sync-bn needs CUDA']),
     (['--pretrained-path', __file__], ['test_train.py', 'weights_only']),
+    (['--initial-checkpoint', packaged_file('dresnet20_cifar.c10'), '--num-classes', '12', '--in-chans', '3'],
+     ['dresnet20_cifar.c10', 'size mismatch for fc.weight']),
     (['--model-kwargs', 'inference_mode=True'], ['dresnet20_cifar', 'fused']),
     (['--prune-connections', '0.5', '2'], ['--prune-connections', 'between 0 and 1']),
+    (['--prune-connections', '0.5', '0.9', '--epochs', '3'], ['--prune-connections', 'of 3, at least one and not all']),
     (['--prune-connections', '0.5', '0.5', '--model', 'test_adaresnet'], ['test_adaresnet', 'no connections']),
 ])
 def test_errors_are_one_sentence(args, words, tmp_path, capsys):
@@ -283,6 +290,7 @@ def test_errors_are_one_sentence(args, words, tmp_path, capsys):
     ('a: [', ['not a YAML recipe']),
     ('!!python/object/apply:os.mkdir [trap]', ['not a YAML recipe']),
     ('momentum: yes', ['--momentum', 'True']),
+    ('smoothing: null', ['smoothing needs a value']),
     ('sched: sinus', ['--sched', 'sinus', 'cosine']),
 ])
 def test_wrong_recipes(text, words, tmp_path, capsys):
@@ -297,9 +305,9 @@ def test_wrong_recipes(text, words, tmp_path, capsys):
 def test_recipe_becomes_arguments(tmp_path):
     """YAML reads 8e-2 as text; the command line overrides."""
     recipe = tmp_path / 'recipe.yaml'
-    recipe.write_text('scale: [8e-2, 1]\nepochs: 10\nlr: 1e-3\ncolor_jitter: null\nchannels_last: true\n')
+    recipe.write_text('scale: [8e-2, 1]\nepochs: 10\nlr: 1e-3\ncolor_jitter: null\nmixup: null\naa: null\nchannels_last: true\n')
     args = parse_args(['--config', str(recipe), '--epochs', '3', '--no-channels-last', '--amp'])
-    assert (args.scale, args.lr, args.color_jitter) == ([0.08, 1.], 0.001, None)
+    assert (args.scale, args.lr, args.color_jitter, args.mixup, args.aa) == ([0.08, 1.], 0.001, None, 0., None)
     assert (args.epochs, args.channels_last, args.amp, args.deterministic) == (3, False, True, False)
 
 

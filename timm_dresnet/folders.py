@@ -128,6 +128,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         new = Path(name, 'new')  # with the usual permissions, which a temporary folder does not have
         new.mkdir()
         yield new
+        for file in new.iterdir():
+            file.chmod(new.stat().st_mode & 0o666)  # safetensors lets only its owner read
         if not exists:
             replace(new, folder)
             return

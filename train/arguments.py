@@ -227,7 +227,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def _read_recipe(path: Path, parser: argparse.ArgumentParser) -> List[str]:
-    """The command line that a YAML recipe stands for. What is not set (null) becomes the default of the parser."""
+    """The command line that a YAML recipe stands for. A null leaves an argument off, as it is by default."""
     try:
         recipe = yaml.safe_load(path.read_text()) or {}
     except (OSError, ValueError, yaml.YAMLError) as e:
@@ -243,7 +243,10 @@ def _read_recipe(path: Path, parser: argparse.ArgumentParser) -> List[str]:
                          + (f', did you mean {" or ".join(near)}?' if near else '; see --help for all.'))
         option = f'--{key.replace("_", "-")}'
         if value is None:
-            parser.set_defaults(**{key: None})
+            if key == 'color_jitter':  # the only one that is on by default
+                parser.set_defaults(color_jitter=None)
+            elif actions[key].default:
+                parser.error(f'{path}: {key} needs a value.')
         elif isinstance(value, bool) and actions[key].nargs == 0:
             argv += [option] if value else [f'--no-{option[2:]}'] if isinstance(actions[key], _Switch) else []
         elif isinstance(value, dict):

@@ -158,7 +158,8 @@ def measure(pair: Pair, args: argparse.Namespace, device: torch.device) -> Dict[
         Size of the ``input``, and for each of the ``variants`` its name and the table's columns, times of every round.
     """
     size = (3, pair.img_size, pair.img_size)
-    num_classes = timm.get_pretrained_cfg(pair.baseline).num_classes
+    with torch.device('meta'):
+        num_classes = timm.create_model(pair.baseline).num_classes
     torch.manual_seed(0)
     models, results = {}, {}
     for role, name in (('model', pair.model), ('baseline', pair.baseline)):
@@ -287,6 +288,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         device = set_up_process(args).device
     except (TypeError, ValueError) as e:
         parser.error(str(e))
+    if args.batch_size < 2:
+        parser.error('--batch-size must be 2 or more: batch norm cannot train on a single value.')
     if args.cuda_graphs and device.type != 'cuda':
         parser.error(f'--cuda-graphs needs a CUDA device, not {device.type}.')
 

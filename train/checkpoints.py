@@ -46,7 +46,7 @@ def find_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
         if not folder.exists():
             return folder
         args = folder / 'args.yaml'
-        if args.is_file() and _binding(yaml.safe_load(args.read_text())) == wanted:
+        if args.is_file() and _binding(yaml.safe_load(args.read_text()) or {}) == wanted:
             return folder
 
 

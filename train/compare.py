@@ -47,13 +47,19 @@ def load_config(name: str, smoke: bool = False) -> Dict[str, Any]:
         recipe = Path(recipe) if recipe.endswith('.yaml') else _HERE / 'recipes' / f'{recipe}.yaml'
         common = {**yaml.safe_load(recipe.read_text()), **config.get('arguments', {})}
         small = config.get('smoke', {}) if smoke else {}
-        models = {model: {**common, **arguments, **small} for model, arguments in config['models'].items()}
-        return dict(seeds=config['seeds'][:1] if smoke else config['seeds'], models=models)
+        models = {str(model): {**common, **arguments, **small} for model, arguments in config['models'].items()}
+        if len({_slug(model) for model in models} - {''}) < len(models):
+            raise ValueError(f'{path}: models need names that differ in letters or digits, not {", ".join(models)}.')
+        return dict(seeds=list(config['seeds'])[:1 if smoke else None], models=models)
     except OSError as e:
         known = ', '.join(sorted(file.stem for file in (_HERE / 'comparisons').iterdir()))
         raise ValueError(f'{e.filename} cannot be read ({e.strerror}); there are: {known}.') from e
     except (AttributeError, KeyError, TypeError, yaml.YAMLError) as e:
         raise ValueError(f'{path} is not a comparison: {type(e).__name__} {e}') from e
+
+
+def _slug(model: str) -> str:
+    return re.sub(r'\W+', '-', model.lower()).strip('-')
 
 
 def run(command: List[str]) -> None:
@@ -246,8 +252,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     runs: Dict[str, List[Path]] = {}
     for seed in seeds:  # all models of one seed first: a comparison that is stopped has something to compare
         for model, recipe in models.items():
-            slug = re.sub(r'\W+', '-', model.lower()).strip('-')
-            experiment = f'{slug}-seed{seed}'
+            experiment = f'{_slug(model)}-seed{seed}'
             if not is_finished(folder / experiment):
                 _logger.info(f'{model}, seed {seed}')
                 path = folder / f'{experiment}.yaml'

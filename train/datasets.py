@@ -121,18 +121,18 @@ class Images(Dataset):
                 f'{self._name(index)} cannot be read ({reason}). Repair or remove it, or add --bad-images skip.') from e
 
     def _decode_all(self) -> None:
-        def decode(index: int) -> Tuple[np.ndarray, Any]:
+        def decode(index: int) -> Tuple[np.ndarray, Tuple[int, int], Any]:
             image, target = self._read(index) or (Image.new(self.mode, (0, 0)), None)
-            return np.asarray(image), target
+            return np.frombuffer(image.tobytes(), np.uint8), image.size, target
 
         with ThreadPoolExecutor() as pool:
             decoded = pool.map(decode, range(len(self)))
-            pixels, self.targets = zip(*tqdm(decoded, 'decode', len(self), unit='image', leave=False, disable=None))
-        self.shapes = [array.shape for array in pixels]
+            decoded = tqdm(decoded, 'decode', len(self), unit='image', leave=False, disable=None)
+            pixels, self.sizes, self.targets = zip(*decoded)
         self.starts = np.cumsum([0, *(array.size for array in pixels)])
         # one tensor in shared memory: worker processes neither copy it nor decode again
         self.decoded = torch.empty(int(self.starts[-1]), dtype=torch.uint8).share_memory_()
-        np.concatenate([array.reshape(-1) for array in pixels], out=self.decoded.numpy())
+        np.concatenate(pixels, out=self.decoded.numpy())
 
     def _get(self, index: int) -> Optional[Tuple[Image.Image, Any]]:
         if self.decoded is None:
@@ -140,7 +140,7 @@ class Images(Dataset):
         if self.bad[index]:
             return None
         pixels = self.decoded.numpy()[self.starts[index]:self.starts[index + 1]]
-        return Image.fromarray(pixels.reshape(self.shapes[index])), self.targets[index]
+        return Image.frombytes(self.mode, self.sizes[index], pixels), self.targets[index]
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         for candidate in range(index, index + len(self)):

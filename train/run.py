@@ -111,7 +111,6 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     data_config = resolve_input_data_config(model, vars(args))
     train_set, eval_set = (open_dataset(args, training, data_config['input_size'][0]) for training in (True, False))
     _check_data(args, model.num_classes, train_set, eval_set)
-    _check_pruning(args, model)
     batch_size = train_batch_size(args, train_set, process)
     if batch_size < args.batch_size and process.primary:
         _logger.info(f'Batches have {batch_size} images and not {args.batch_size}, so that few are left over.')
@@ -123,6 +122,7 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     optimizer = create_optimizer(args, model, task.progress['images'])
     lr_scheduler, num_epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(args), updates_per_epoch=count_updates(len(loader), args))
+    _check_pruning(args, model, num_epochs)
     if process.primary and process.device.type == 'cpu' and not args.amp and computes_bfloat16():
         _logger.info('This CPU trains faster in bfloat16: --amp --amp-dtype bfloat16.')
     scaled = args.amp and args.amp_dtype == 'float16'
@@ -158,15 +158,16 @@ def _check_data(args: argparse.Namespace, num_classes: int, train_set: Dataset, 
             f'{", ".join(odd[:5])}{", ..." if len(odd) > 5 else ""}.')
 
 
-def _check_pruning(args: argparse.Namespace, model: torch.nn.Module) -> None:
+def _check_pruning(args: argparse.Namespace, model: torch.nn.Module, num_epochs: int) -> None:
     if not args.prune_connections:
         return
     keep, at = args.prune_connections
     if not getattr(model, 'connections', None):
         raise ValueError(f'--prune-connections needs a DResNet, {args.model} has no connections.')
-    if not (0 <= keep <= 1 and 0 < at < 1):
-        raise ValueError('--prune-connections needs two numbers between 0 and 1, the share of the connections to keep '
-                         'and the share of the epochs after which the others go.')
+    if not (0 <= keep <= 1 and 0 < round(at * num_epochs) < num_epochs):
+        raise ValueError(
+            '--prune-connections needs two numbers between 0 and 1, the share of the connections to keep and the share '
+            f'of the epochs after which the others go: of {num_epochs}, at least one and not all.')
 
 
 def train(run: Run, folder: Path) -> None:

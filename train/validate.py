@@ -75,8 +75,8 @@ def main(argv: Optional[List[str]] = None) -> None:
                     numbers = f'{row["top1"]:.2f}', f'{row["top5"]:.2f}', f'{row["loss"]:.4f}'
                     print(format_row([name, row['size'], *numbers]), flush=True)
                 rows.append(row)
-        if args.csv and process.primary:
-            write_csv(args.csv, rows)
+                if args.csv and process.primary:
+                    write_csv(args.csv, rows)
     except (OSError, ValueError, BadImageError) as e:
         sys.exit(f'python -m train.validate: error: {" ".join(str(e).split())}')
 
