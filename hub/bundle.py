@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
+import timm
 from safetensors.torch import save
 
 from timm_dresnet.folders import atomic_folder, load_folder
@@ -21,13 +22,20 @@ def bundle(folder: Path, tag: str) -> Run:
     """Write weights into the package and their size and hash into its manifest, and copy the run's files to `hub/zoo`.
 
     Raises:
-        ValueError: If the folder holds no such model, or a damaged file, or weights that overflow in half precision.
+        ValueError: If the folder holds no such model, or one that its name alone does not make (pruned, fused), or a
+            damaged file, or weights that overflow in half precision.
     """
     model = load_folder(folder)
     architecture = model.pretrained_cfg['architecture']
     if not re.fullmatch(rf'{architecture}\.\w+', tag):
         raise ValueError(
             f'{folder} holds a {architecture}: give its tag as {architecture}.RECIPE_DATASET, not {tag!r}.')
+    in_chans = model.pretrained_cfg['input_size'][0]
+    made = timm.create_model(architecture, num_classes=model.num_classes, in_chans=in_chans, device='meta')
+    held, expected = ({name: w.shape for name, w in network.state_dict().items()} for network in (model, made))
+    if held != expected:
+        raise ValueError(f"{folder} holds another network than timm.create_model('{architecture}') makes: one that was "
+                         'pruned, fused or made with other arguments.')
     run = Run.read(folder)
     weights = {name: w.half() if w.is_floating_point() else w for name, w in model.state_dict().items()}
     for name, weight in weights.items():
@@ -64,7 +72,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         sys.exit(f'python -m hub.bundle: error: {" ".join(str(e).split())}')
     print(f"""Wrote timm_dresnet/weights/{args.tag}.safetensors and hub/zoo/{args.tag}. What is left to do:
   * name {args.tag} in hub/zoo.yaml, and in default_cfgs of its model file, with file=packaged_file({args.tag!r}) and
-    input_size, mean, std, interpolation, crop_pct and label_names from config.json of the run
+    num_classes, input_size, mean, std, interpolation, crop_pct and label_names from config.json of the run
   * measure it: python -m train.validate {args.tag} {run.data_arguments} --csv hub/zoo/{args.tag}/validation.csv
   * write its accuracy into timm_dresnet/weights/results.csv and MODEL_CARD.md""")
 

@@ -30,7 +30,6 @@ _DATA_ARGUMENTS = (
 _DATASETS = {
     'cifar10': 'CIFAR-10',
     'cifar100': 'CIFAR-100',
-    'digits': "scikit-learn's digits",
     'tiny-imagenet-200': 'Tiny-ImageNet-200',
 }
 
@@ -75,7 +74,8 @@ class Run:
                 if rows and (missing := columns - rows[0].keys()):
                     raise ValueError(f'{folder / name} has no column {min(missing)}: repair or remove the file.')
         measured = run.validation
-        run.validation = [row for row in measured if Path(row.get('model') or '').name == folder.resolve().name]
+        run.validation = [
+            _without_paths(row) for row in measured if Path(row.get('model') or '').name == folder.resolve().name]
         if measured and not run.validation:
             raise ValueError(
                 f'{folder}/validation.csv has no row for {folder.name}: measure {folder} again with python -m '
@@ -90,11 +90,13 @@ class Run:
         """Name of the data set in timm, or the name of its folder."""
         if name := self.args.get('dataset'):
             return name.split('/', 1)[-1]
-        return Path(self.args.get('data_dir') or 'unknown').name
+        return Path(self.args.get('data_dir') or '').name or 'unknown'
 
     @property
     def dataset(self) -> str:
         """Name of the data set."""
+        if self.args.get('dataset') == 'digits':
+            return "scikit-learn's digits"
         return _DATASETS.get(self.dataset_key) or self.dataset_id or self.dataset_key
 
     @property
@@ -116,14 +118,27 @@ class Run:
         return None
 
     @property
+    def _start(self) -> str:
+        """Name of the model whose weights the training started from, of a grown one that of its ResNet."""
+        return (self.args.get('model_kwargs') or {}).get('grown_from') or self.args.get('model', '')
+
+    @property
+    def _start_cfg(self) -> Any:
+        return timm.get_pretrained_cfg(self._start) if timm.is_model(self._start) else None
+
+    @property
     def base_model(self) -> Optional[str]:
         """The repository on the Hub with the weights that the training started from."""
-        name = self.args.get('model', '')
         if not self.args.get('pretrained') or self.args.get('initial_checkpoint') or self.args.get('pretrained_path'):
             return None
-        if name.startswith('hf-hub:'):
-            return name[len('hf-hub:'):].split('@')[0]
-        return timm.get_pretrained_cfg(name).hf_hub_id if timm.is_model(name) else None
+        if self._start.startswith('hf-hub:'):
+            return self._start[len('hf-hub:'):].split('@')[0]
+        return self._start_cfg and self._start_cfg.hf_hub_id
+
+    @property
+    def grown(self) -> bool:
+        """Whether the weights that the training started from are those of a ResNet."""
+        return self._start != self.args.get('model') or (getattr(self._start_cfg, 'tag', '') or '').startswith('init_')
 
     @property
     def initial_weights(self) -> Optional[str]:
@@ -131,15 +146,20 @@ class Run:
         file = self.args.get('initial_checkpoint') or self.args.get('pretrained_path')
         if file or not self.args.get('pretrained'):
             return file or None
-        cfg = timm.get_pretrained_cfg(self.args['model'])
-        return self.base_model or (f'{cfg.architecture}.{cfg.tag}' if cfg else self.args['model'])
+        cfg = self._start_cfg
+        return self.base_model or (f'{cfg.architecture}.{cfg.tag}' if cfg else self._start)
 
 
 def copy_record(run: Run, source: Path, folder: Path, names: Iterable[str]) -> None:
-    """Copy files of a run, its arguments without absolute paths."""
+    """Copy files of a run, its arguments and what was measured of it without absolute paths."""
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if run.validation and 'validation.csv' in names:
+        with (folder / 'validation.csv').open('w', newline='') as f:
+            writer = csv.DictWriter(f, run.validation[0])
+            writer.writeheader()
+            writer.writerows(run.validation)
     if run.args:
         (folder / 'args.yaml').write_text(yaml.safe_dump(run.args))
 
@@ -217,7 +237,9 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         input_size=input_size,
         size=size,
-        labels=label_names(model.pretrained_cfg, model.num_classes),
+        labels=[
+            ' '.join(label.split()).replace('|', '\\|')
+            for label in label_names(model.pretrained_cfg, model.num_classes)],
         connections=_describe_connections(model),
         run=run,
         args=run.args,

@@ -1,5 +1,7 @@
 """`timm-dresnet`: each command through its entry point, and what it says of bad input."""
 import json
+import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -13,7 +15,7 @@ from timm.models import save_for_hf
 
 import timm_dresnet
 from conftest import ROOT, rows
-from timm_dresnet.images import Classifier
+from timm_dresnet.images import Classifier, convert_image
 from timm_dresnet.resnet import CIFAR10_CLASSES
 
 
@@ -71,7 +73,7 @@ def test_list(run):
 
 
 @torch.no_grad()
-def test_classify(run, photos):
+def test_classify(run, photos, tmp_path):
     status, out, err = run('classify', photos, '--json')
     records = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and not err
@@ -82,6 +84,13 @@ def test_classify(run, photos):
         best = model(transform(Image.open(record['image']).convert('RGB'))[None]).softmax(1)[0].topk(5)
         assert [c['index'] for c in record['classes']] == best.indices.tolist()
         assert [c['probability'] for c in record['classes']] == pytest.approx(best.values.tolist(), rel=1e-3)
+
+    (tmp_path / 'linked').mkdir()
+    (tmp_path / 'linked/photos').symlink_to(photos)
+    odd = os.fsdecode(os.fsencode(tmp_path) + b'/linked/\xff.png')  # not UTF-8
+    shutil.copyfile(photos / 'a/0.png', odd)
+    lines = run('classify', 'linked')[1].splitlines()
+    assert len(lines) == len(records) + 1 and lines[-1].startswith('linked/\\udcff.png: ')
 
     path = records[0]['image']
     status, out, _ = run('classify', path, '--top', 2, '--model', 'test_adaresnet.c10')
@@ -98,6 +107,14 @@ def test_class_names(names, classes, expected):
     model = timm.create_model('test_dresnet', num_classes=classes, pretrained_cfg_overlay=dict(label_names=names))
     labels = Classifier(model).labels
     assert len(labels) == classes and labels[:len(expected)] == expected
+
+
+@pytest.mark.parametrize('mode,scale', [('L', 1), ('I', 1), ('I', 256), ('I;16', 256), ('I;16', 1 / 256)])
+def test_images_of_more_bits(mode, scale, tmp_path):
+    gray = np.arange(256, dtype=np.float64).reshape(16, 16)
+    image = Image.fromarray((gray * scale).astype({'L': np.uint8, 'I': np.int32, 'I;16': np.uint16}[mode]))
+    assert image.mode == mode
+    assert np.array_equal(convert_image(image, 'L'), gray if scale >= 1 else np.zeros((16, 16)))
 
 
 def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
@@ -121,7 +138,9 @@ def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
     (['prune', 'test_adaresnet', 'out', '--keep', '0.5'], ['test_adaresnet is not a DResNet']),
     (['fuse', 'test_dresnet', '/proc/nowhere/fused'], ['/proc/nowhere/fused', 'cannot be written']),
     (['fuse', 'test_dresnet', 'photos'], ['photos', 'not an empty folder']),
-    (['fuse', 'test_dresnet', '.'], ['. exists and is not an empty folder']),
+    (['fuse', 'test_dresnet', '.'], ['. is not an empty folder']),
+    (['fuse', 'test_dresnet', 'photos/kept', '--force'], ['photos/kept is not a folder']),
+    (['connections', 'test_dresnet', '--out', 'photos'], ['photos is a folder']),
     (['connections', 'test_dresnet', '--images', 'photos'], ['no images in photos']),
     (['connections', 'test_dresnet', '--images', 'photos/kept'], ['no image to measure on']),
     (['connections', 'resnet18'], ['resnet18 is not a DResNet or AdaResNet']),
@@ -129,6 +148,7 @@ def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
     (['connections', 'photos/kept'], ['photos/kept cannot be loaded as a checkpoint of python -m train']),
     (['signal', '--untrained', 'photos'], ['photos has weights']),
     (['export', 'test_dresnet', 'out', '--format', 'onnx', '--int8'], ['--int8', '--images']),
+    (['export', 'test_dresnet', 'out', '--images', 'photos'], ['--int8', '--images']),
 ], ids=' '.join)
 def test_what_cannot_be_done(run, tmp_path, args, words):
     (tmp_path / 'photos').mkdir()
@@ -190,6 +210,8 @@ def test_models_to_folders(run, photos, tmp_path):
     assert status == 0 and not out and err.startswith('Removed 5 of 10 connections.\nWrote models/pruned, ')
     assert len(loaded('models/pruned').connection_pairs()) == 5
 
+    assert 'holds model.safetensors, beside' in run(
+        'export', 'test_adaresnet', 'models/exported', '--format', 'onnx', '--force')[2]
     assert run('fuse', 'models/exported', 'models/fused') == run('fuse', 'models/exported', 'models/fused', '--force')
     assert loaded('models/fused').fused
     torch.testing.assert_close(loaded('models/fused')(x), model(x), rtol=1e-4, atol=1e-4)

@@ -305,9 +305,9 @@ def test_wrong_recipes(text, words, tmp_path, capsys):
 def test_recipe_becomes_arguments(tmp_path):
     """YAML reads 8e-2 as text; the command line overrides."""
     recipe = tmp_path / 'recipe.yaml'
-    recipe.write_text('scale: [8e-2, 1]\nepochs: 10\nlr: 1e-3\ncolor_jitter: null\nmixup: null\naa: null\nchannels_last: true\n')
+    recipe.write_text('scale: [8e-2, 1]\nepochs: 10\nlr: 1e-3\ncolor_jitter: null\nmixup: null\nchannels_last: true\n')
     args = parse_args(['--config', str(recipe), '--epochs', '3', '--no-channels-last', '--amp'])
-    assert (args.scale, args.lr, args.color_jitter, args.mixup, args.aa) == ([0.08, 1.], 0.001, None, 0., None)
+    assert (args.scale, args.lr, args.color_jitter, args.mixup) == ([0.08, 1.], 0.001, None, 0.)
     assert (args.epochs, args.channels_last, args.amp, args.deterministic) == (3, False, True, False)
 
 

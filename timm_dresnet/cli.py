@@ -10,6 +10,7 @@ import sys
 from contextlib import contextmanager
 from importlib.resources import files
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Optional, Sequence
@@ -45,8 +46,8 @@ def load(name: str, pretrained: bool = True, families: Sequence[str] = ()) -> nn
     """
     if not pretrained and (Path(name).exists() or ':' in name):
         raise ValueError(f'{name} has weights: for an untrained model, give a name that timm.create_model takes.')
-    if Path(name).is_dir():
-        return load_folder(Path(name))
+    if Path(name.removeprefix('local-dir:')).is_dir():
+        return load_folder(Path(name.removeprefix('local-dir:')))
     if Path(name).is_file():
         return load_checkpoint(Path(name))
     if ':' not in name:
@@ -210,8 +211,9 @@ def prune_command(args: argparse.Namespace) -> None:
 
 
 def export_command(args: argparse.Namespace) -> None:
-    if args.int8 and (args.format != 'onnx' or not args.images):
-        raise ValueError('--int8 needs --format onnx, and --images to measure the ranges of activations on.')
+    if args.int8 != bool(args.images) or args.int8 and args.format != 'onnx':
+        raise ValueError('--int8 needs --format onnx, and --images to measure the ranges of activations on; '
+                         '--images is for nothing else.')
     model = load(args.model)
     if args.format == 'safetensors':
         return _write_model(model, args.folder)
@@ -255,10 +257,23 @@ def _written(path: Path, folder: Path) -> Iterator[Path]:
 def _picture(path: Path) -> Iterator[Path]:
     if find_spec('matplotlib') is None:
         raise ValueError('Pictures need what is not installed, try: pip install matplotlib')
+    if path.is_dir():
+        raise ValueError(f'{path} is a folder: name a file in it.')
     path = path if path.suffix else path.with_suffix('.png')  # as matplotlib names it
     with _written(path, path.parent) as new:
         yield new / path.name
     print(f'Wrote {path}', file=sys.stderr)
+
+
+def _check_folder(path: Path, weights: str, force: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f'{path} is not a folder: give another name.')
+    files = [file.name for file in path.iterdir()] if path.exists() else []
+    if files and not force:
+        raise ValueError(f'{path} is not an empty folder: give another name, or --force.')
+    for name in ('args.yaml', 'model.onnx', 'model.safetensors'):  # a run, or weights that another config.json is of
+        if name in files and name != weights:
+            raise ValueError(f'{path} holds {name}, beside which no other model can be written: give another name.')
 
 
 @contextmanager
@@ -366,9 +381,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     """
     args = create_parser().parse_args(argv)
     try:
-        folder = getattr(args, 'folder', None)
-        if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not args.force):
-            raise ValueError(f'{folder} exists and is not an empty folder: give another name, or --force.')
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors='backslashreplace')  # names of files may not be UTF-8
+        if hasattr(args, 'folder'):
+            onnx = getattr(args, 'format', None) == 'onnx'
+            _check_folder(args.folder, 'model.onnx' if onnx else 'model.safetensors', args.force)
         status = args.function(args) or 0
         sys.stdout.flush()
         return status

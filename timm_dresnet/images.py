@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping
 
+import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image, ImageOps
@@ -26,8 +27,8 @@ def find_images(paths: Iterable[str]) -> List[str]:
     found = []
     for path in paths:
         if os.path.isdir(path):
-            files = (file for file in Path(path).rglob('*') if file.suffix.lower() in SUFFIXES)
-            inside = sorted(str(file) for file in files if not file.is_dir())
+            files = (Path(folder, file) for folder, _, names in os.walk(path, followlinks=True) for file in names)
+            inside = sorted(str(file) for file in files if file.suffix.lower() in SUFFIXES)
             if not inside:
                 raise ValueError(f'There are no images in {path}.')
             found += inside
@@ -39,7 +40,7 @@ def find_images(paths: Iterable[str]) -> List[str]:
 def convert_image(image: Image.Image, mode: str) -> Image.Image:
     """Turn an image upright, as viewers do, and convert it to a mode. PIL alone would clip 16 bits at 255."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith('I'):
+    if image.mode.startswith('I;16') or image.mode == 'I' and np.asarray(image).max() > 255:
         image = image.convert('I').point(lambda value: value * (1 / 256)).convert('L')
     return image.convert(mode)
 
@@ -61,15 +62,13 @@ class Classifier:
             model: A model of timm, in eval mode, for images of one channel or three.
 
         Raises:
-            ValueError: If it takes other images, or has no classes.
+            ValueError: If it takes other images.
         """
         cfg: Dict[str, Any] = model.pretrained_cfg
         config = resolve_model_data_config(model, use_test_size=True)
         channels, modes = config['input_size'][0], {1: 'L', 3: 'RGB'}
         if channels not in modes:
             raise ValueError(f'the model takes images of {channels} channels, and image files have 1 or 3.')
-        if not model.num_classes:
-            raise ValueError('the model has no classes to choose from: its num_classes is 0.')
         self.model = model
         self._mode = modes[channels]
         self._transform = create_transform(**config, is_training=False)
@@ -137,8 +136,10 @@ class Classifier:
             For each image its best classes, best first: ``label``, ``index`` and ``probability``.
 
         Raises:
-            ValueError: If the model puts out numbers that are not finite.
+            ValueError: If the model has no classes, or puts out numbers that are not finite.
         """
+        if not self.model.num_classes:
+            raise ValueError('the model has no classes to choose from: its num_classes is 0.')
         logits = self.model(images)
         if not logits.isfinite().all():
             raise ValueError('the model puts out numbers that are not finite: its weights are damaged.')
