@@ -134,6 +134,7 @@ def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
     (['classify', 'x.png', '--model', 'resnet20_cifar'], ['resnet20_cifar', 'without weights']),
     (['classify', 'x.png', '--model', 'output/none'], ['no folder', 'output/none']),
     (['classify', 'x.png', '--model', '.'], ['config.json']),
+    (['connections', 'local-dir:photos'], ['photos holds no config.json']),
     (['connections', 'test_dresnet', '--out', 'map.xyz'], ['xyz', 'png']),
     (['prune', 'test_adaresnet', 'out', '--keep', '0.5'], ['test_adaresnet is not a DResNet']),
     (['fuse', 'test_dresnet', '/proc/nowhere/fused'], ['/proc/nowhere/fused', 'cannot be written']),
@@ -183,7 +184,8 @@ def test_connections(run, photos, tmp_path, caplog):
     assert "'broken.png' cannot be read as an image" in caplog.text and 'share: its part of the sum' in err
     table = out.splitlines()
     assert table[0].split()[-2:] == ['effect', 'share'] and len(table) == 1 + len(expected)
-    save_for_hf(timm.create_model('test_adaresnet'), 'ada', safe_serialization=True)
+    save_for_hf(timm.create_model('test_adaresnet', num_classes=0), 'ada', safe_serialization=True)
+    assert 'has no classes to choose from' in run('classify', photos, '--model', 'ada')[2]
     status, out, err = run('connections', 'ada', '--out', 'new/map', '--arcs', 'arcs.svg', '--images', photos)
     assert status == 0 and 'alpha' in out and err.startswith('Wrote new/map.png\nWrote arcs.svg\n')
     assert Image.open('new/map.png').size > (300, 300) and '<svg' in (tmp_path / 'arcs.svg').read_text()
