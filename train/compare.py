@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import timm
 import yaml
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from timm.utils import setup_default_logging
 
 from timm_dresnet.folders import atomic_folder
@@ -206,10 +206,10 @@ def draw_cost(lines: List[Dict[str, Any]], families: List[List[str]], folder: Pa
                 [line['epochs'] * line['time'] for line in points], [line['last_top1'] for line in points],
                 [line['last_top1_std'] or 0. for line in points], fmt='.-', capsize=3, label=family[0])
     axes.set(xscale='log', xlabel=f'time of training, in epochs of {lines[0]["model"]}', ylabel='top-1 accuracy, %')
-    axes.xaxis.set_major_formatter('{x:g}')
-    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # as many as there is room for
-    axes.tick_params(axis='x', which='both', length=4)
-    axes.grid(alpha=0.3, which='both')
+    axes.minorticks_off()
+    ticks = sorted({line['epochs'] for line in lines})
+    axes.set_xticks(ticks, ticks)
+    axes.grid(alpha=0.3)
     axes.legend()
     with atomic_folder(folder) as new:
         figure.savefig(new / 'cost.png', dpi=150)
