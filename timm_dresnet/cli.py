@@ -46,8 +46,9 @@ def load(name: str, pretrained: bool = True, families: Sequence[str] = ()) -> nn
     """
     if not pretrained and (Path(name).exists() or ':' in name):
         raise ValueError(f'{name} has weights: for an untrained model, give a name that timm.create_model takes.')
-    if Path(name.removeprefix('local-dir:')).is_dir():
-        return load_folder(Path(name.removeprefix('local-dir:')))
+    folder = Path(name.removeprefix('local-dir:'))
+    if folder.is_dir():
+        return load_folder(folder)
     if Path(name).is_file():
         return load_checkpoint(Path(name))
     if ':' not in name:

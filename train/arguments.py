@@ -243,7 +243,7 @@ def _read_recipe(path: Path, parser: argparse.ArgumentParser) -> List[str]:
                          + (f', did you mean {" or ".join(near)}?' if near else '; see --help for all.'))
         option = f'--{key.replace("_", "-")}'
         if value is None:
-            if key == 'color_jitter':  # the only one that is on by default
+            if key == 'color_jitter':  # which recipes of timm switch off by null
                 parser.set_defaults(color_jitter=None)
             elif actions[key].default:
                 parser.error(f'{path}: {key} needs a value.')
