@@ -164,7 +164,7 @@ def _check_pruning(args: argparse.Namespace, model: torch.nn.Module, num_epochs:
     keep, at = args.prune_connections
     if not getattr(model, 'connections', None):
         raise ValueError(f'--prune-connections needs a DResNet, {args.model} has no connections.')
-    if not (0 <= keep <= 1 and 0 < round(at * num_epochs) < num_epochs):
+    if not (0 <= keep <= 1 and 0 < at < 1 and 0 < round(at * num_epochs) < num_epochs):
         raise ValueError(
             '--prune-connections needs two numbers between 0 and 1, the share of the connections to keep and the share '
             f'of the epochs after which the others go: of {num_epochs}, at least one and not all.')
