@@ -2,6 +2,7 @@
 import itertools
 import json
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -91,6 +92,8 @@ def test_an_epoch_from_any_batch_on():
         assert_equal(batches(loader, 1, start), whole[start:])
     assert batches(loader, 1, len(whole)) == []
     assert not torch.equal(batches(loader, 0)[0][0], whole[0][0])
+    other = train_loader('--dataset', 'digits', '--no-aug', '--seed', 43)  # not the order of 42 one epoch later
+    assert not torch.equal(batches(other)[0][1], batches(train_loader('--dataset', 'digits', '--no-aug'), 1)[0][1])
 
 
 def test_missing_split(image_folder, tmp_path):
@@ -243,10 +246,12 @@ def test_order_of_classes(tmp_path):
 
 
 def test_images_of_phones_and_of_other_formats(tmp_path, caplog):
-    """Images are turned upright, those of every usual format are read, and what is not read is named once."""
+    """Images are turned upright, those of every usual format are read, and what is not read is named once.
+
+    Here by 90 degrees clockwise, as orientation (0x112) 6 says, beside a resolution (0x11a) that is not a number.
+    """
     image = Image.linear_gradient('L').resize((16, 16)).convert('RGB')
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    exif = b'Exif\0\0II*\0' + struct.pack('<IHHHIIHHI4sI', 8, 2, 0x112, 3, 1, 6, 0x11a, 7, 4, b'odd.', 0)
     (tmp_path / 'validation/a').mkdir(parents=True)
     image.save(tmp_path / 'validation/a/0.webp', lossless=True)
     image.rotate(90).save(tmp_path / 'validation/a/1.png', exif=exif)

@@ -131,6 +131,8 @@ def test_grown_by_name():
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
         torch.testing.assert_close(model(x), resnet(x), rtol=1e-5, atol=1e-5)
         assert model.pretrained_cfg['mean'] == resnet.pretrained_cfg['mean']
+    with pytest.raises(ValueError, match='start from 1: leave skip_init out'):
+        timm.create_model('adaresnet18d', pretrained=True, pretrained_cfg_overlay=overlay, skip_init=0.)
     for name in timm_dresnet.growing._NAMES:
         assert timm.get_pretrained_cfg(name).tag.startswith('init_')
         assert timm.list_pretrained(f'{name}.init_*') and timm.create_model(name, device='meta').num_classes == 1000

@@ -211,6 +211,7 @@ def test_arguments_of_resnet(kwargs):
     ('adaresnet18', dict(skip_weight='x'), ['skip_weight', 'per_block', 'per_kind', 'shared', 'x']),
     ('adaresnet18', dict(skip_init='x'), ['skip_init', 'x']),
     ('adaresnet18', dict(skip_init=0., zero_init_last=True), ['zero_init_last', 'skip_init']),
+    ('dresnet', dict(grown_from='resnet999'), ['grown_from', 'resnet999', 'grow(model)']),
     ('plainnet18', dict(zero_init_last=True), ['zero_init_last']),
     ('plainnet18', dict(drop_path_rate=0.1), ['drop_path_rate']),
 ])
@@ -292,6 +293,13 @@ def test_other_feature_extractors():
     for name in ('dresnet18', 'dresnet18d'):
         with pytest.raises(RuntimeError, match='features_only=True'):  # it runs stage after stage, without connections
             create(name, features_only=True, feature_cls='list')
+
+
+@pytest.mark.parametrize('name', ['adaresnet18', 'adaresnet18d'])
+def test_without_shortcuts_there_are_branches(name):
+    model = create(name, skip_init=0.)
+    model(images()).square().mean().backward()
+    assert next(model.conv1.parameters()).grad.any()
 
 
 def test_weights_made_again():

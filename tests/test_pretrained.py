@@ -115,6 +115,8 @@ def test_untrained():
         model, resnet = timm.create_model(name), timm.create_model(baseline)
         assert model.num_classes == resnet.num_classes == 1000
         assert resolve_model_data_config(model) == resolve_model_data_config(resnet)
+    model = timm.create_model('dresnext50_32x4d', device='meta')  # whose weights are not under timm's license
+    assert not any(model.pretrained_cfg.get(key) for key in ('license', 'origin_url'))
     model = timm.create_model('dresnet20_cifar')
     assert model.num_classes == 10 and model.pretrained_cfg['input_size'] == (3, 32, 32)
 

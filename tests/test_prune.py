@@ -3,7 +3,7 @@ import pytest
 import timm
 import torch
 from timm.models import save_for_hf
-from timm.utils import reparameterize_model
+from timm.utils import ModelEmaV3, reparameterize_model
 
 import timm_dresnet
 from test_maths import create
@@ -130,6 +130,14 @@ def test_what_is_removed(limits, strength):
         assert all((values[p] < limit) == (p in removed) for p in values)
 
 
+def test_pruned_in_inference_mode_it_trains():
+    model, images = timm.create_model('test_dresnet'), torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        prune_connections(model, keep=0.5, images=images)
+    model(images).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_frozen_gates_stay_frozen():
     model = timm.create_model('test_dresnet').requires_grad_(False)
     prune_connections(model, keep=0.5)
@@ -150,6 +158,8 @@ def test_errors(arguments, words):
 
 
 def test_errors_of_models():
+    with pytest.raises(ValueError, match='ModelEma.*the network itself'):
+        prune_connections(ModelEmaV3(timm.create_model('test_dresnet')), keep=0.5)
     with pytest.raises(ValueError, match='fused'):
         prune_connections(reparameterize_model(timm.create_model('test_dresnet')), min_gate=0.1)
     with pytest.raises(ValueError, match='into block 3 from block 2'):

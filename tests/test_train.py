@@ -170,6 +170,8 @@ def test_classes_that_do_not_fit(tmp_path):
             train(tmp_path, *args)
     with pytest.raises(SystemExit, match='the data set has 10 classes, the model 1000: say --num-classes 10, or 1000'):
         main(['--dataset', 'digits', '--model', 'dresnet18', '--in-chans', '1', '--output', str(tmp_path)])
+    with pytest.raises(SystemExit, match='--pretrained-path needs --num-classes'):
+        main(['--dataset', 'digits', '--pretrained-path', 'x.safetensors', '--output', str(tmp_path)])
 
 
 @pytest.mark.parametrize('args,head', [

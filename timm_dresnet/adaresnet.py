@@ -207,11 +207,17 @@ class AdaResNet(ResNet):
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Let the weights of a ResNet learn their skip weights from 1 on, where an AdaResNet is that ResNet."""
+    """Let the weights of a ResNet learn their skip weights from 1 on, where an AdaResNet is that ResNet.
+
+    Raises:
+        ValueError: If the network was made with another start.
+    """
     if any(name.endswith('.skip_weight.alpha') for name in state_dict):
         return state_dict
-    alphas = {k: torch.ones_like(v) for k, v in model.state_dict().items() if k.endswith('.skip_weight.alpha')}
-    return dict(state_dict, **alphas)
+    alphas = {k: v for k, v in model.state_dict().items() if k.endswith('.skip_weight.alpha')}
+    if any(not alpha.is_meta and alpha != 1 for alpha in alphas.values()):
+        raise ValueError('With the weights of a ResNet, skip weights start from 1: leave skip_init out.')
+    return dict(state_dict, **{k: torch.ones_like(v) for k, v in alphas.items()})
 
 
 def _create_adaresnet(variant: str, pretrained: bool = False, **kwargs) -> AdaResNet:

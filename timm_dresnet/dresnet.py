@@ -129,7 +129,8 @@ class DResNet(ResNet):
                 convolution expands the sum to the block's input. None sums them at full width, and so does 0, for
                 models whose default is a number: ``timm.create_model`` drops arguments that are None.
             connected_stages: Number of stages, counted from the last, whose output shape connections lead to: 1 is into
-                the blocks of the last stage after its first. None for all.
+                the blocks of the last stage after its first (if it has only one, into that, at the shape of the stage
+                before). None for all.
             pruned_connections: Connections that are left out, as (target, source) block numbers: the attribute of this
                 name of a network that has been pruned.
             inference_mode: Build the network as `timm.utils.reparameterize_model` leaves it, for weights saved then.

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Sequence
 import torch.nn as nn
 from timm.layers import GroupNorm1
 from timm.layers.norm_act import FrozenBatchNorm2d
-from timm.models import create_model, generate_default_cfgs, get_pretrained_cfg, register_model, resnet
+from timm.models import create_model, generate_default_cfgs, get_pretrained_cfg, is_model, register_model, resnet
 from timm.models._input import update_model_args
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -37,8 +37,8 @@ def grow(model: nn.Module, kind: str = 'dresnet', **kwargs: Any) -> ResNet:
         **kwargs: Arguments of `DResNet` (``gate``, ``gate_init``, ``connection_rank``, ``connected_stages``) or of
             `AdaResNet` (``skip_weight``). If not given, gates are linear and start at 0, connections lead into the
             blocks of the last stage after its first, where they cost least, and are summed at full width where that
-            adds at most 13 % to parameters and multiply-adds, else with the largest rank up to 64 that does. Behind
-            gates that start elsewhere, the connections' norm weights start at 0.
+            adds at most 13 % to parameters and multiply-adds, else with the largest rank up to 64 that does, or 4.
+            Behind gates that start elsewhere, the connections' norm weights start at 0.
 
     Raises:
         ValueError: If the model is no ResNet that can grow, or an argument is not one of the choices.
@@ -148,10 +148,15 @@ def _choose_rank(model: DResNet, connected_stages: int) -> int:
 def _build(kind: str, grown_from: str, **kwargs: Any) -> ResNet:
     names = (*_ARGUMENTS[kind], 'pruned_connections', 'skip_init', 'inference_mode')
     own = {name: kwargs.pop(name) for name in names if name in kwargs}
+    if own.get('skip_init') == 0:  # see AdaResNet
+        kwargs['zero_init_last'] = False
     return _GROW[kind](create_model(grown_from, **kwargs), **own)
 
 
 def _create_grown(kind: str, variant: str, grown_from: str, pretrained: bool, pretrained_cfg: Any, **kwargs) -> ResNet:
+    if not is_model(grown_from):
+        raise ValueError(f'grown_from must be the name of a ResNet of timm, got {grown_from!r}: from a model that you '
+                         'have, connections grow by timm_dresnet.grow(model).')
     if variant == kind and not pretrained_cfg:  # which has no weights of its own in the registry
         pretrained_cfg = get_pretrained_cfg(grown_from)
         if pretrained_cfg:

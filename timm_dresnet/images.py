@@ -9,12 +9,16 @@ from typing import Any, Dict, Iterable, List, Mapping
 import numpy as np
 import torch
 import torch.nn as nn
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 
 __all__ = ['SUFFIXES', 'Classifier', 'convert_image', 'find_images', 'label_names']
 
 _logger = logging.getLogger(__name__)
+_UPRIGHT = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90}
 SUFFIXES = {'.avif', '.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
 
 
@@ -39,7 +43,9 @@ def find_images(paths: Iterable[str]) -> List[str]:
 
 def convert_image(image: Image.Image, mode: str) -> Image.Image:
     """Turn an image upright, as viewers do, and convert it to a mode. PIL alone would clip 16 bits at 255."""
-    image = ImageOps.exif_transpose(image)
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    if orientation in _UPRIGHT:  # ImageOps.exif_transpose fails where it cannot write the other EXIF tags again
+        image = image.transpose(_UPRIGHT[orientation])
     if image.mode.startswith('I;16') or image.mode == 'I' and np.asarray(image).max() > 255:
         image = image.convert('I').point(lambda value: value * (1 / 256)).convert('L')
     return image.convert(mode)

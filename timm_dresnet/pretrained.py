@@ -8,9 +8,8 @@ from typing import Any, Callable, Dict, Optional
 import torch
 import torch.nn as nn
 from safetensors.torch import load
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, resolve_pretrained_cfg
 from timm.models import build_model_with_cfg as timm_build_model_with_cfg
-from timm.models import get_arch_pretrained_cfgs, resolve_pretrained_cfg
-from timm.models._pretrained import PretrainedCfg
 
 __all__ = ['build_model_with_cfg', 'grown_cfgs', 'packaged_classes', 'packaged_file', 'refuse_other_weights']
 
@@ -75,7 +74,7 @@ def build_model_with_cfg(
     """timm's `build_model_with_cfg`, which checks weights of this package before it loads them.
 
     A network that is named without a tag and made without the weights of its default tag is configured as the ResNet of
-    its name. Names of classes go with the weights and their classifier.
+    its name, without the license and the origin of weights. Names of classes go with the weights and their classifier.
 
     Raises:
         RuntimeError: If weights of this package are missing or damaged.
@@ -84,7 +83,7 @@ def build_model_with_cfg(
     registered = pretrained and not any(overlay.get(key) for key in ('url', 'file', 'state_dict', 'hf_hub_id'))
     if not registered and not pretrained_cfg:
         pretrained_cfg = next((c for c in get_arch_pretrained_cfgs(variant).values() if not c.file), None)
-        overlay = dict(dict(file=None, hf_hub_id=None, tag=None), **overlay)
+        overlay = dict(dict(file=None, hf_hub_id=None, tag=None, license=None, origin_url=None), **overlay)
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     if not registered or kwargs.get('num_classes', cfg.num_classes) != cfg.num_classes:
         overlay = dict(dict(label_names=None, label_descriptions=None), **overlay)

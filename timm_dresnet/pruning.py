@@ -19,6 +19,7 @@ def _keep_rows(module: nn.Module, kept: Sequence[int], size: int) -> None:
                 setattr(part, name, nn.Parameter(rows, tensor.requires_grad) if is_parameter else rows)
 
 
+@torch.inference_mode(False)  # or what is left could not be trained
 def remove_connections(connections: Connections, pairs: Iterable[Tuple[int, int]]) -> None:
     """Remove connections, given as (target, source) block numbers, with all that only they use."""
     before, removed = connections.sources, set(pairs)
@@ -77,7 +78,9 @@ def prune_connections(
     from .inspection import connections
 
     if not isinstance(model, DResNet):
-        raise ValueError(f'connections are pruned in a DResNet, got a {type(model).__name__}.')
+        raise ValueError(
+            f'connections are pruned in a DResNet, got a {type(model).__name__}: give the network itself, not one that '
+            'is compiled or wrapped.')
     if sum(limit is not None for limit in (min_gate, min_effect, keep)) != 1:
         raise ValueError('say what to remove by one of min_gate, min_effect and keep.')
     for name, limit in (('min_gate', min_gate), ('min_effect', min_effect)):

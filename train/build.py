@@ -70,6 +70,8 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
     check_model_name(args.model)
     overlay = {}
     if args.pretrained_path:
+        if args.num_classes is None:
+            raise ValueError('--pretrained-path needs --num-classes, for which a new classifier is made.')
         overlay = dict(pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1))  # with another head
     try:
         model = timm.create_model(

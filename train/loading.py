@@ -40,7 +40,8 @@ class SeededBatchSampler(Sampler):
         """Choose what comes next, as in `EpochLoader.set_epoch`."""
         if isinstance(self.batches, ScheduledBatchSampler):
             self.batches.set_epoch(epoch)
-        self.batches.sampler.set_epoch(self.key[0] + epoch)  # timm's RepeatAugSampler takes no seed
+        # not seed + epoch, by which one seed would have the orders of the next; timm's RepeatAugSampler takes no seed
+        self.batches.sampler.set_epoch((self.key[0] << 20) + epoch)
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:

@@ -187,7 +187,7 @@ def train(run: Run, folder: Path) -> None:
             if epoch == prune_epoch and progress['pruned'] is None:
                 prune(run, choose_pruned(run))
                 if process.primary:
-                    saver.optimizer = run.optimizer
+                    saver.model, saver.optimizer = run.task.get_trainable_module(), run.optimizer
             train_metrics, eval_metrics = _train_and_validate(run)
             bad = count_bad_images([run.train_set, run.eval_set], process) if args.bad_images == 'skip' else 0
             rates = [group['lr'] for group in run.optimizer.param_groups]
