@@ -273,6 +273,7 @@ def test_loss_that_is_not_finite(tmp_path):
     (['--initial-checkpoint', packaged_file('dresnet20_cifar.c10'), '--num-classes', '12', '--in-chans', '3'],
      ['dresnet20_cifar.c10', 'size mismatch for fc.weight']),
     (['--model-kwargs', 'inference_mode=True'], ['dresnet20_cifar', 'fused']),
+    (['--prune-connections', '0.5', '2'], ['--prune-connections', 'between 0 and 1']),
     (['--prune-connections', '0.5', 'inf'], ['--prune-connections', 'between 0 and 1']),
     (['--prune-connections', '0.5', '0.9', '--epochs', '3'], ['--prune-connections', 'of 3, at least one and not all']),
     (['--prune-connections', '0.5', '0.5', '--model', 'test_adaresnet'], ['test_adaresnet', 'no connections']),
