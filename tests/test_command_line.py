@@ -147,6 +147,7 @@ def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
     (['connections', 'resnet18'], ['resnet18 is not a DResNet or AdaResNet']),
     (['connections', 'adaresnet'], ['adaresnet', 'without weights']),
     (['connections', 'photos/kept'], ['photos/kept cannot be loaded as a checkpoint of python -m train']),
+    (['fuse', 'weights.pth', 'out'], ['weights.pth cannot be loaded', 'checkpoint_path=FILE']),
     (['signal', '--untrained', 'photos'], ['photos has weights']),
     (['export', 'test_dresnet', 'out', '--format', 'onnx', '--int8'], ['--int8', '--images']),
     (['export', 'test_dresnet', 'out', '--images', 'photos'], ['--int8', '--images']),
@@ -154,10 +155,11 @@ def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
 def test_what_cannot_be_done(run, tmp_path, args, words):
     (tmp_path / 'photos').mkdir()
     (tmp_path / 'photos/kept').touch()
+    torch.save({'fc.bias': torch.zeros(10)}, tmp_path / 'weights.pth')
     status, out, err = run(*args)
     assert (status, out) == (1, '') and err.startswith(f'timm-dresnet {args[0]}: error: ')
     assert all(word in err for word in words) and len(err.splitlines()) == 1
-    assert [path.name for path in tmp_path.rglob('*')] == ['photos', 'kept']
+    assert sorted(path.name for path in tmp_path.rglob('*')) == ['kept', 'photos', 'weights.pth']
 
 
 @pytest.mark.parametrize('args', [

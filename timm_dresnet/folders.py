@@ -72,6 +72,9 @@ def load_checkpoint(path: Path) -> nn.Module:
     """
     try:
         checkpoint = load_checkpoint_metadata(path)
+        if 'args' not in checkpoint:
+            raise ValueError('it does not say of which model it is; weights alone load in Python, by '
+                             'timm.create_model(NAME, checkpoint_path=FILE).')
         args, state = vars(checkpoint['args']), checkpoint.get('task_state', {})
         name = args['model']
         if args.get('pretrained') and (cfg := get_pretrained_cfg(name)):  # whose classes the model may have

@@ -29,7 +29,6 @@ from .results import format_head, format_row, read_csv, write_csv
 
 _logger = logging.getLogger('train')
 _HERE = Path(__file__).parent
-_PICTURES = {'acc.png': ('top-1 accuracy, %', 'eval_top1'), 'loss.png': ('loss', 'eval_loss')}
 
 
 def load_config(name: str, smoke: bool = False) -> Dict[str, Any]:
@@ -147,47 +146,37 @@ def write_table(lines: List[Dict[str, Any]], folder: Path) -> None:
         (new / 'comparison.md').write_text('\n'.join([*table, '']), encoding='utf-8')
 
 
-def _curve(folders: List[Path], column: str) -> List[List[float]]:
-    """Epochs, and mean, minimum and maximum of a column over seeds."""
-    values: Dict[int, List[float]] = {}
-    for folder in folders:
-        for row in read_csv(folder / 'summary.csv'):
-            if row[column]:
-                values.setdefault(int(row['epoch']) + 1, []).append(float(row[column]))
-    return [list(values), *([f(v) for v in values.values()] for f in (statistics.mean, min, max))]
-
-
 def draw(runs: Dict[str, List[Path]], folder: Path) -> None:
-    """Draw `acc.png` and `loss.png` of all models in validation.
+    """Draw `acc.png`: top-1 accuracy in validation over the epochs, and of each seed after the last epoch.
 
-    Lines are means over the seeds, the bands about them go from the lowest to the highest. The panel on the right shows
-    the last third, of the models that end within a tenth of the scale of the best one.
+    Lines are means over the seeds.
     """
-    count = max(map(len, runs.values()))
-    seeds = '1 seed' if count == 1 else f'mean and range of {count} seeds'
-    for picture, (label, column) in _PICTURES.items():
-        curves = {model: _curve(folders, column) for model, folders in runs.items()}
-        last = {name: mean[-1] for name, (_, mean, _, _) in curves.items()}
-        colors = {name: f'C{i}' for i, name in enumerate(curves)}
-        names = sorted(curves, key=lambda name: -last[name])
-        means = [value for _, mean, _, _ in curves.values() for value in mean]
-        best = (max if picture == 'acc.png' else min)(last.values())
-        near = [name for name in names if abs(last[name] - best) <= (max(means) - min(means)) / 10]
-        figure = Figure(figsize=(9, 4.5), layout='constrained')
-        figure.suptitle(f'{folder.name}: {label.split(",")[0]} in validation, {seeds}')
-        start = min(curves[name][0][-1] for name in near) * 2 / 3
-        for axes, first, shown in zip(figure.subplots(1, 2), (0., start), (names, near)):
-            for name in shown:
-                epochs, mean, low, high = zip(*(point for point in zip(*curves[name]) if point[0] >= first))
-                axes.plot(epochs, mean, '.-', color=colors[name], label=f'{name}: {last[name]:.4g}')
-                axes.fill_between(epochs, low, high, color=colors[name], alpha=0.15, linewidth=0)
-            axes.set(title=f'last third, the best {len(near)}' if first else '', xlabel='epoch', ylabel=label)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.grid(alpha=0.3)
-        handles = figure.axes[0].get_legend_handles_labels()  # in the order in which the lines end
-        figure.legend(*handles, title='after the last epoch', loc='outside right center')
-        with atomic_folder(folder) as new:
-            figure.savefig(new / picture, dpi=150)
+    curves: Dict[str, Dict[int, List[float]]] = {}
+    for model, folders in runs.items():
+        curves[model] = {}
+        for row in (row for run_folder in folders for row in read_csv(run_folder / 'summary.csv')):
+            if row['eval_top1']:
+                curves[model].setdefault(int(row['epoch']) + 1, []).append(float(row['eval_top1']))
+    ends = {model: [*curve.values()][-1] for model, curve in curves.items()}
+    figure = Figure(figsize=(10, max(3.5, 1.5 + 0.3 * len(ends))), layout='constrained')
+    figure.suptitle(f'{folder.name}: accuracy in validation')
+    left, right = figure.subplots(1, 2, width_ratios=(4, 3))
+    order = sorted(ends, key=lambda model: statistics.mean(ends[model]))
+    for i, model in enumerate(order):
+        color, end = f'C{[*ends].index(model)}', ends[model]
+        left.plot([*curves[model]], [*map(statistics.mean, curves[model].values())], '.-', color=color)
+        right.plot(end, len(end) * [i], 'o', color=color, alpha=0.4)
+        right.plot(statistics.mean(end), i, '|', color=color, markersize=14, markeredgewidth=2)
+    left.set(xlabel='epoch', ylabel='top-1, %')
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    count = max(map(len, ends.values()))
+    right.set(xlabel='top-1, %: ' + ('1 seed' if count == 1 else f'{count} seeds and their mean'),
+              title='after the last epoch')
+    right.set_yticks(range(len(order)), [f'{model}: {statistics.mean(ends[model]):.2f}' for model in order])
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    with atomic_folder(folder) as new:
+        figure.savefig(new / 'acc.png', dpi=150)
 
 
 def draw_cost(lines: List[Dict[str, Any]], families: List[List[str]], folder: Path) -> None:
@@ -202,10 +191,15 @@ def draw_cost(lines: List[Dict[str, Any]], families: List[List[str]], folder: Pa
     for family in families:
         points = sorted((line for line in lines if line['model'] in family), key=lambda line: line['epochs'])
         if points:
-            axes.errorbar(
-                [line['epochs'] * line['time'] for line in points], [line['last_top1'] for line in points],
-                [line['last_top1_std'] or 0. for line in points], fmt='.-', capsize=3, label=family[0])
-    axes.set(xscale='log', xlabel=f'time of training, in epochs of {lines[0]["model"]}', ylabel='top-1 accuracy, %')
+            times, accuracies = zip(*((line['epochs'] * line['time'], line['last_top1']) for line in points))
+            curve, = axes.plot(times, accuracies, label=family[0])
+            for time, accuracy, line in zip(times, accuracies, points):
+                several = line['last_top1_std'] is not None
+                axes.errorbar(
+                    time, accuracy, line['last_top1_std'], fmt='o', capsize=4, color=curve.get_color(),
+                    markerfacecolor=None if several else 'white')
+    axes.set(xscale='log', xlabel=f'time of training, in epochs of {lines[0]["model"]} (log scale)',
+             ylabel='top-1 in validation, %', title=f'{folder.name}: mean ± standard deviation (hollow: 1 seed)')
     axes.minorticks_off()
     ticks = sorted({line['epochs'] for line in lines})
     axes.set_xticks(ticks, ticks)
