@@ -25,8 +25,9 @@ class _AfterTimmModels:
         if name != 'timm.models':
             return None
         for finder in sys.meta_path:
-            spec = finder.find_spec(name, path, target) if finder is not self else None
-            if spec is not None:
+            find_spec = getattr(finder, 'find_spec', None) if finder is not self else None  # old finders have none
+            spec = find_spec and find_spec(name, path, target)
+            if spec:
                 break
         else:
             return None

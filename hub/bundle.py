@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import List, Optional
 
 import timm
+import torch
 from safetensors.torch import save
 
 from timm_dresnet.folders import atomic_folder, load_folder
@@ -30,12 +31,15 @@ def bundle(folder: Path, tag: str) -> Run:
     if not re.fullmatch(rf'{architecture}\.\w+', tag):
         raise ValueError(
             f'{folder} holds a {architecture}: give its tag as {architecture}.RECIPE_DATASET, not {tag!r}.')
-    in_chans = model.pretrained_cfg['input_size'][0]
-    made = timm.create_model(architecture, num_classes=model.num_classes, in_chans=in_chans, device='meta')
-    held, expected = ({name: w.shape for name, w in network.state_dict().items()} for network in (model, made))
-    if held != expected:
+    images = torch.randn(2, *model.pretrained_cfg['input_size'])
+    made = timm.create_model(architecture, num_classes=model.num_classes, in_chans=images.shape[1]).eval()
+    try:
+        made.load_state_dict(model.state_dict())
+        with torch.inference_mode():
+            torch.testing.assert_close(made(images), model(images))
+    except (AssertionError, RuntimeError) as e:
         raise ValueError(f"{folder} holds another network than timm.create_model('{architecture}') makes: one that was "
-                         'pruned, fused or made with other arguments.')
+                         'pruned, fused or made with other arguments.') from e
     run = Run.read(folder)
     weights = {name: w.half() if w.is_floating_point() else w for name, w in model.state_dict().items()}
     for name, weight in weights.items():

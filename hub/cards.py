@@ -56,7 +56,8 @@ class Run:
         """Read the files of a run.
 
         Raises:
-            ValueError: If a table has not the columns that it should have, or accuracy was measured under another name.
+            ValueError: If a table has not the columns that it should have, or accuracy was measured under another name
+                or on other images than those that the run was validated on.
         """
         run = cls(dataset_id=dataset_id, note=note)
         if (folder / 'args.yaml').exists():
@@ -66,7 +67,7 @@ class Run:
             run.args = _without_paths(args)
         for name, rows, columns in (
                 ('summary.csv', run.epochs, {'eval_loss', 'eval_top1', 'eval_top5'}),
-                ('validation.csv', run.validation, {'model', 'size', 'loss', 'top1', 'top5'}),
+                ('validation.csv', run.validation, {'model', 'size', 'dataset', 'split', 'loss', 'top1', 'top5'}),
         ):
             if (folder / name).exists():
                 with (folder / name).open(newline='') as f:
@@ -74,12 +75,14 @@ class Run:
                 if rows and (missing := columns - rows[0].keys()):
                     raise ValueError(f'{folder / name} has no column {min(missing)}: repair or remove the file.')
         measured = run.validation
+        expected = folder.resolve().name, run.dataset_key, run.split
         run.validation = [
-            _without_paths(row) for row in measured if Path(row.get('model') or '').name == folder.resolve().name]
+            _without_paths(row) for row in measured
+            if (Path(row['model']).name, row['dataset'].split('/', 1)[-1], row['split']) == expected]
         if measured and not run.validation:
             raise ValueError(
-                f'{folder}/validation.csv has no row for {folder.name}: measure {folder} again with python -m '
-                'train.validate --csv, or remove the file.')
+                f'{folder}/validation.csv has no row for {folder.name} on {run.dataset_key} ({run.split}): measure '
+                f'{folder} again with python -m train.validate --csv, or remove the file.')
         source, _, name = str(run.args.get('dataset') or '').partition('/')
         if source in ('hfds', 'hfids'):
             run.dataset_id = run.dataset_id or name
@@ -91,6 +94,11 @@ class Run:
         if name := self.args.get('dataset'):
             return name.split('/', 1)[-1]
         return Path(self.args.get('data_dir') or '').name or 'unknown'
+
+    @property
+    def split(self) -> str:
+        """The split that the run was validated on."""
+        return self.args.get('val_split', 'validation')
 
     @property
     def dataset(self) -> str:
@@ -200,7 +208,6 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
     size = 'x'.join(map(str, input_size[1:]))
     title = name.split('/')[-1]
     family = type(model).__name__
-    split = run.args.get('val_split', 'validation')
     metrics = run.metrics(size)
     eval_results = metrics and [
         EvalResult(
@@ -208,7 +215,7 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
             task_name='Image Classification',
             dataset_type=run.dataset_id or run.dataset_key,
             dataset_name=run.dataset,
-            dataset_split=split,
+            dataset_split=run.split,
             metric_type='accuracy',
             metric_name=label,
             metric_value=round(metrics[key], 2),
@@ -243,7 +250,7 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
         connections=_describe_connections(model),
         run=run,
         args=run.args,
-        split=split,
+        split=run.split,
         metrics=metrics,
         files=files,
         pictures=[(file, text) for file, text in PICTURES.items() if file in files],

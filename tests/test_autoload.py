@@ -49,7 +49,8 @@ def run(python, code, tmp_path, **env):
     f'import torch, sys; assert not {{"timm", "timm_dresnet"}} & set(sys.modules); import timm; {CREATE}',
     f'import timm_dresnet, timm_dresnet, timm; {CREATE}',
     'from timm.models import create_model; create_model("dresnet18", device="meta")',
-], ids=['timm', 'torch first', 'timm_dresnet first', 'timm.models'])
+    f'import sys, torch; sys.meta_path.insert(0, type("Old", (), dict(find_module=print))()); import timm; {CREATE}',
+], ids=['timm', 'torch first', 'timm_dresnet first', 'timm.models', 'old finder'])
 def test_registered(python, code, tmp_path):
     # the hook leaves the loader as it was
     code += '; import inspect, timm.models; assert inspect.getsource(timm.models)'

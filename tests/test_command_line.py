@@ -48,6 +48,7 @@ def photos(tmp_path_factory):
         path.parent.mkdir(exist_ok=True)
         channels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(channels).convert(mode).save(path)
+    (folder / 'a/loop').symlink_to(folder)
     return folder
 
 
@@ -109,12 +110,14 @@ def test_class_names(names, classes, expected):
     assert len(labels) == classes and labels[:len(expected)] == expected
 
 
-@pytest.mark.parametrize('mode,scale', [('L', 1), ('I', 1), ('I', 256), ('I;16', 256), ('I;16', 1 / 256)])
+@pytest.mark.parametrize('mode,scale', [
+    ('L', 1), ('I', 1), ('I', 256), ('I;16', 256), ('I;16', 1 / 256), ('F', 1), ('F', 1 / 255)])
 def test_images_of_more_bits(mode, scale, tmp_path):
     gray = np.arange(256, dtype=np.float64).reshape(16, 16)
-    image = Image.fromarray((gray * scale).astype({'L': np.uint8, 'I': np.int32, 'I;16': np.uint16}[mode]))
+    dtype = {'L': np.uint8, 'I': np.int32, 'I;16': np.uint16, 'F': np.float32}[mode]
+    image = Image.fromarray((gray * scale).astype(dtype))
     assert image.mode == mode
-    assert np.array_equal(convert_image(image, 'L'), gray if scale >= 1 else np.zeros((16, 16)))
+    assert np.array_equal(convert_image(image, 'L'), np.zeros((16, 16)) if (mode, scale) == ('I;16', 1 / 256) else gray)
 
 
 def test_classify_images_that_cannot_be_read(run, photos, tmp_path):

@@ -94,10 +94,13 @@ def test_comparison_at_equal_cost(tmp_path):
         assert (tmp_path / 'cost.png').exists() == drawn
 
 
-def test_a_run_without_a_speed(tmp_path):
-    """Whose only epoch was stopped in validation."""
+def test_speed(tmp_path):
+    """Of all epochs together, of an epoch the median over seeds; and of a run whose only epoch has none."""
     save_for_hf(timm.create_model('test_resnet'), tmp_path, safe_serialization=True)
-    (tmp_path / 'summary.csv').write_text('epoch,train_images_per_second,eval_top1\n0,,50.0\n')
+    summary = tmp_path / 'summary.csv'
+    summary.write_text('epoch,train_images_per_second,eval_top1\n0,300,50.0\n1,100,60.0\n')
+    assert compare.summarize('Res', 3 * [tmp_path])['images_per_second'] == pytest.approx(2 / (1 / 300 + 1 / 100))
+    summary.write_text('epoch,train_images_per_second,eval_top1\n0,,50.0\n')
     line = compare.summarize('Res', [tmp_path])
     compare.compare_cost([line], ['Res'])
     compare.write_table([line], tmp_path)
@@ -117,6 +120,8 @@ def test_smoke(name, tmp_path):
     (['--config', str(ROOT / 'train' / 'recipes' / 'digits.yaml')], ['digits.yaml', 'recipe']),
     (['--config', 'cifar_depth', '--models', 'ResNet-21'], ['ResNet-21', 'ResNet-20']),
     (['--config', 'cifar_depth', '--seed', '3'], ['--seed 3', '--seeds']),
+    (['--config', 'cifar_depth', '--model', 'resnet18'], ['--model would', 'differ']),
+    (['--config', 'equal_time', '--epochs', '10'], ['--epochs would', 'differ']),
 ])
 def test_errors_of_comparisons(args, words):
     with pytest.raises(SystemExit) as error:

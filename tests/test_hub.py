@@ -150,12 +150,16 @@ def test_card_of_a_folder_of_images(folder, tmp_path, capsys):
     args = dict(model='test_dresnet', epochs=1, seed=1, opt='sgd', batch_size=8, data_dir='/home/bob/digits')
     (folder / 'args.yaml').write_text(yaml.safe_dump(args))
     (folder / 'summary.csv').write_text('epoch,eval_loss,eval_top1,eval_top5\n0,1,50,60\n1,1,70,80\n')
-    (folder / 'validation.csv').write_text(f'model,size,loss,top1,top5\n{folder.resolve()},32x32,1,50,60\n')
+    (folder / 'validation.csv').write_text(
+        'model,size,dataset,split,loss,top1,top5\n'
+        + ''.join(f'{folder.resolve()},32x32,{measured}\n' for measured in (
+            'digits,validation,1,50,60', 'digits,train,1,90,95', 'others,validation,1,20,30')))
     (tmp_path / 'new').mkdir()
     build(Upload(folder, 'alice/model'), tmp_path / 'new')
     card = (tmp_path / 'new/README.md').read_text()
     assert '2 epochs on digits at 32x32, ' in card and '3: a\\|b, c d, e |' in card
-    assert (tmp_path / 'new/validation.csv').read_text().splitlines()[1] == 'run,32x32,1,50,60'
+    assert '| 50.00 | 60.00 |' in card
+    assert (tmp_path / 'new/validation.csv').read_text().splitlines()[1:] == ['run,32x32,digits,validation,1,50,60']
     run_snippets(card.replace('hf-hub:alice/model', f'local-dir:{folder}'), capsys)
 
 
@@ -248,7 +252,8 @@ def test_faults_that_stay(alice, push, fault, message, commits):
     (lambda folder: (folder / 'model.safetensors').unlink(), 'holds no model.safetensors'),
     (lambda folder: (folder / 'args.yaml').write_text('a: [1'), 'while parsing'),
     (lambda folder: (folder / 'args.yaml').write_text(''), 'args.yaml holds no arguments'),
-    (lambda folder: (folder / 'validation.csv').write_text('model,size,loss,top1,top5\nother,1x1,1,50,60\n'),
+    (lambda folder: (folder / 'validation.csv').write_text(
+        'model,size,dataset,split,loss,top1,top5\nother,1x1,unknown,validation,1,50,60\n'),
      'validation.csv has no row for'),
     (lambda folder: (folder / 'summary.csv').write_text('epoch,eval_top1\n0,50\n'),
      'summary.csv has no column eval_loss'),
@@ -315,7 +320,8 @@ def test_bundle(digits_folder, tmp_path, monkeypatch, capsys):
     save_for_hf(model, tmp_path / 'large', safe_serialization=True)
     with pytest.raises(SystemExit, match='layer1.0.bn1.running_var in .* half precision cannot hold'):
         bundle.main([str(tmp_path / 'large'), 'test_dresnet.c10'])
-    fused = reparameterize_model(timm.create_model('test_dresnet').eval())
-    save_for_hf(fused, tmp_path / 'fused', safe_serialization=True)
-    with pytest.raises(SystemExit, match='another network than'):
-        bundle.main([str(tmp_path / 'fused'), 'test_dresnet.c10'])
+    for made in (reparameterize_model(timm.create_model('test_dresnet').eval()),
+                 timm.create_model('test_dresnet', global_pool='max')):
+        save_for_hf(made, tmp_path / 'other', safe_serialization=True)
+        with pytest.raises(SystemExit, match='another network than'):
+            bundle.main([str(tmp_path / 'other'), 'test_dresnet.c10'])

@@ -173,6 +173,14 @@ def test_export_and_onnx(name, tmp_path):
     check_export_and_onnx(create(name).eval(), images(), tmp_path / 'model.onnx')
 
 
+def test_export_in_training():
+    """With batches of any size."""
+    model = create('test_dresnet').train()
+    program = torch.export.export(model, (images(),), dynamic_shapes=({0: torch.export.Dim('batch', max=64)},))
+    x = images(batch=5)
+    assert_close(program.module()(x), model(x))
+
+
 @models
 @pytest.mark.filterwarnings('ignore:`torch.jit:FutureWarning')
 def test_torchscript(name):
@@ -211,6 +219,7 @@ def test_arguments_of_resnet(kwargs):
     ('adaresnet18', dict(skip_weight='x'), ['skip_weight', 'per_block', 'per_kind', 'shared', 'x']),
     ('adaresnet18', dict(skip_init='x'), ['skip_init', 'x']),
     ('adaresnet18', dict(skip_init=0., zero_init_last=True), ['zero_init_last', 'skip_init']),
+    ('adaresnet', dict(grown_from='resnet18', skip_init=0., zero_init_last=True), ['zero_init_last', 'skip_init']),
     ('dresnet', dict(grown_from='resnet999'), ['grown_from', 'resnet999', 'grow(model)']),
     ('plainnet18', dict(zero_init_last=True), ['zero_init_last']),
     ('plainnet18', dict(drop_path_rate=0.1), ['drop_path_rate']),

@@ -103,6 +103,9 @@ def test_weights_of_a_resnet_are_not_loaded_as_they_are(strict):
     for name in ('dresnet18', 'adaresnet18'):
         with pytest.raises(RuntimeError, match=r'of a ResNet.*timm_dresnet\.grow'):
             timm.create_model(name).load_state_dict(resnet.state_dict(), strict=strict)
+    for name in ('dresnet18_cifar', 'adaresnet18_cifar'):
+        with pytest.raises(RuntimeError, match='this one is a ResNet'):
+            timm.create_model('resnet18_cifar').load_state_dict(timm.create_model(name).state_dict(), strict=strict)
     model = timm.create_model('dresnet18')
     without = {key: value for key, value in model.state_dict().items() if not key.startswith('layer4')}
     for part in ({'fc.weight': torch.ones(1000, 512)}, without):

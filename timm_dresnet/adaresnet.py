@@ -111,8 +111,20 @@ class AdaBottleneck(AdaBlock, Bottleneck):
         return self.act3(self.add_shortcut(x))
 
 
+def choose_zero_init_last(skip_init: float, zero_init_last: Optional[bool] = None) -> bool:
+    """Whether the last norm weights of branches start at 0, by default unless the skip weights do.
+
+    Raises:
+        ValueError: If both would.
+    """
+    if zero_init_last and skip_init == 0:
+        raise ValueError('zero_init_last must be False or None with skip_init=0: branch and shortcut would both '
+                         'start at 0, and no gradient would ever reach the network.')
+    return skip_init != 0 if zero_init_last is None else zero_init_last
+
+
 class AdaResNet(ResNet):
-    """AdaResNet."""
+    """ResNet with a learned weight on the shortcut of every block: `y = act(branch(x) + alpha * shortcut(x))`."""
     _zero_init_last = True
 
     def __init__(
@@ -143,13 +155,9 @@ class AdaResNet(ResNet):
         """
         if not isinstance(skip_init, (int, float)):
             raise ValueError(f'skip_init must be a number, got {skip_init!r}.')
-        if zero_init_last and skip_init == 0:
-            raise ValueError('zero_init_last must be False or None with skip_init=0: branch and shortcut would both '
-                             'start at 0, and no gradient would ever reach the network.')
-        if zero_init_last is None:
-            zero_init_last = skip_init != 0
-        super().__init__(block, layers, zero_init_last=zero_init_last, device=device, dtype=dtype, **kwargs)
-
+        super().__init__(
+            block, layers, zero_init_last=choose_zero_init_last(skip_init, zero_init_last), device=device, dtype=dtype,
+            **kwargs)
         self.add_skip_weights(skip_init, skip_weight, inference_mode, device=device, dtype=dtype)
 
     def add_skip_weights(

@@ -272,7 +272,8 @@ def _check_folder(path: Path, weights: str, force: bool) -> None:
     files = [file.name for file in path.iterdir()] if path.exists() else []
     if files and not force:
         raise ValueError(f'{path} is not an empty folder: give another name, or --force.')
-    for name in ('args.yaml', 'model.onnx', 'model.safetensors'):  # a run, or weights that another config.json is of
+    # a run, or weights that another config.json is of
+    for name in ('args.yaml', 'model.onnx', 'model.safetensors', 'pytorch_model.bin'):
         if name in files and name != weights:
             raise ValueError(f'{path} holds {name}, beside which no other model can be written: give another name.')
 

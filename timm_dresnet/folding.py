@@ -71,7 +71,7 @@ class _Moments(torch.autograd.Function):
         mean = rows.mean(0, dtype=dtype)
         centred = rows - mean  # or large means would leave nothing of small variances
         parts = zip(mean.split(chs), centred.split(chs, dim=1))
-        return mean, *(torch.addmm(m, part.t(), part, beta=0, alpha=1 / len(rows)) for m, part in parts)
+        return mean, *(torch.addmm(m, part.t(), part, beta=0, alpha=1 / rows.shape[0]) for m, part in parts)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -82,18 +82,18 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def backward(ctx, mean_grad, *cov_grads):
         rows, mean = ctx.saved_tensors
-        parts, grads, scale = (tensor.split(ctx.chs, dim=-1) for tensor in (rows, mean, mean_grad)), [], 1 / len(rows)
+        parts, grads, n = (tensor.split(ctx.chs, dim=-1) for tensor in (rows, mean, mean_grad)), [], rows.shape[0]
         for part, m, grad, cov_grad in zip(*parts, cov_grads):
             cov_grad = cov_grad + cov_grad.t()
             row = torch.addmv(grad, cov_grad, m, alpha=-1).to(rows.dtype)
-            grads.append(torch.addmm(row, part, cov_grad.to(rows.dtype), beta=scale, alpha=scale))
+            grads.append(torch.addmm(row, part, cov_grad.to(rows.dtype), beta=1 / n, alpha=1 / n))
         return concat(grads), None, None
 
     @staticmethod
     def jvp(ctx, tangent, *_):
         rows, mean = ctx.saved_tensors
         parts = zip((rows - mean).split(ctx.chs, dim=1), tangent.to(mean.dtype).split(ctx.chs, dim=1))
-        products = [part.t() @ t / len(rows) for part, t in parts]
+        products = [part.t() @ t / rows.shape[0] for part, t in parts]
         return tangent.mean(0, dtype=mean.dtype), *(product + product.t() for product in products)
 
 

@@ -11,7 +11,7 @@ from timm.models import create_model, generate_default_cfgs, get_pretrained_cfg,
 from timm.models._input import update_model_args
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .adaresnet import AdaBasicBlock, AdaBottleneck, AdaResNet
+from .adaresnet import AdaBasicBlock, AdaBottleneck, AdaResNet, choose_zero_init_last
 from .adaresnet import checkpoint_filter_fn as _adaresnet_filter_fn
 from .dresnet import DResNet, refuse_feature_cls, require_whole_number, start_from_resnet
 from .dresnet import checkpoint_filter_fn as _dresnet_filter_fn
@@ -148,8 +148,8 @@ def _choose_rank(model: DResNet, connected_stages: int) -> int:
 def _build(kind: str, grown_from: str, **kwargs: Any) -> ResNet:
     names = (*_ARGUMENTS[kind], 'pruned_connections', 'skip_init', 'inference_mode')
     own = {name: kwargs.pop(name) for name in names if name in kwargs}
-    if own.get('skip_init') == 0:  # see AdaResNet
-        kwargs['zero_init_last'] = False
+    if 'skip_init' in own:
+        kwargs['zero_init_last'] = choose_zero_init_last(own['skip_init'], kwargs.get('zero_init_last'))
     return _GROW[kind](create_model(grown_from, **kwargs), **own)
 
 

@@ -31,7 +31,14 @@ def find_images(paths: Iterable[str]) -> List[str]:
     found = []
     for path in paths:
         if os.path.isdir(path):
-            files = (Path(folder, file) for folder, _, names in os.walk(path, followlinks=True) for file in names)
+            files: List[Path] = []
+            seen = set()  # a link may lead into a folder that it lies in
+            for folder, folders, names in os.walk(path, followlinks=True):
+                if os.path.realpath(folder) in seen:
+                    folders.clear()
+                    continue
+                seen.add(os.path.realpath(folder))
+                files += (Path(folder, name) for name in names)
             inside = sorted(str(file) for file in files if file.suffix.lower() in SUFFIXES)
             if not inside:
                 raise ValueError(f'There are no images in {path}.')
@@ -42,12 +49,17 @@ def find_images(paths: Iterable[str]) -> List[str]:
 
 
 def convert_image(image: Image.Image, mode: str) -> Image.Image:
-    """Turn an image upright, as viewers do, and convert it to a mode. PIL alone would clip 16 bits at 255."""
+    """Turn an image upright, as viewers do, and convert it to a mode. PIL alone would clip 16 bits at 255.
+
+    Of floating point, images in the range from 0 to 1 are scaled.
+    """
     orientation = image.getexif().get(ExifTags.Base.Orientation)
     if orientation in _UPRIGHT:  # ImageOps.exif_transpose fails where it cannot write the other EXIF tags again
         image = image.transpose(_UPRIGHT[orientation])
     if image.mode.startswith('I;16') or image.mode == 'I' and np.asarray(image).max() > 255:
         image = image.convert('I').point(lambda value: value * (1 / 256)).convert('L')
+    if image.mode == 'F' and np.asarray(image).max() <= 1:
+        image = image.point(lambda value: value * 255 + 0.5)
     return image.convert(mode)
 
 

@@ -127,6 +127,10 @@ def refuse_other_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor]) 
         raise RuntimeError(
             'These weights are those of a ResNet, without learned connections or skip weights: load them into the '
             'ResNet, and let that grow some by timm_dresnet.grow(resnet).')
+    if all('conv1.weight' in name for name in there) and all('conv1' not in name for name in different):
+        raise RuntimeError(
+            'These weights are those of a network with learned connections or skip weights, and this one is a ResNet: '
+            'load them into a DResNet or AdaResNet.')
     argument, name = next(
         (argument, name) for pattern, argument in _ARGUMENTS for name in different if re.search(pattern, name))
     how = 'is missing' if name not in given else 'is not expected' if name not in there else (

@@ -1,6 +1,7 @@
 """`python -m train`: train a model, leave a folder that timm loads, load it back and measure it."""
 import logging
 import os
+import signal
 import sys
 from typing import List, Optional
 
@@ -19,6 +20,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         run(args)
     except Stopped as e:
         sys.exit(128 + e.number)
+    except KeyboardInterrupt:  # before the first epoch, or after the last
+        sys.exit(128 + signal.SIGINT)
     except (OSError, ValueError, BadImageError, RunError) as e:
         rank = int(os.environ.get('RANK', 0))
         sys.exit(f'python -m train: error: {f"process {rank}: " if rank else ""}{e}')

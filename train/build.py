@@ -139,6 +139,8 @@ def create_task(args: argparse.Namespace, model: torch.nn.Module, process: Proce
                          'CUDA graphs overwrite gradients (pytorch#169545): leave out either.')
     if args.torchcompile and args.torchcompile not in (backends := torch.compiler.list_backends(())):
         raise ValueError(f'--torchcompile {args.torchcompile}: there are the backends {", ".join(backends)}.')
+    if not 0 <= args.smoothing < 1:
+        raise ValueError(f'--smoothing must be at least 0 and less than 1, got {args.smoothing}.')
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     if args.grad_checkpointing:

@@ -75,7 +75,9 @@ def summarize(name: str, folders: List[Path]) -> Dict[str, Any]:
     histories = [read_csv(folder / 'summary.csv') for folder in folders]
     accuracies = [[float(row['eval_top1']) for row in rows if row['eval_top1']] for rows in histories]
     column = 'train_images_per_second'
-    speeds = [float(row[column]) for rows in histories for row in rows if row[column]]
+    speeds: Dict[str, List[float]] = {}
+    for row in (row for rows in histories for row in rows if row[column]):
+        speeds.setdefault(row['epoch'], []).append(float(row[column]))
     model = timm.create_model(f'local-dir:{folders[0]}')
     best, last = [max(values) for values in accuracies], [values[-1] for values in accuracies]
     return {
@@ -86,7 +88,7 @@ def summarize(name: str, folders: List[Path]) -> Dict[str, Any]:
         'best_top1_std': statistics.stdev(best) if len(best) > 1 else None,
         'last_top1': statistics.mean(last),
         'last_top1_std': statistics.stdev(last) if len(last) > 1 else None,
-        'images_per_second': statistics.median(speeds or [math.nan]),
+        'images_per_second': statistics.harmonic_mean([statistics.median(v) for v in speeds.values()] or [math.nan]),
         'epochs': len(histories[0]),
         'seeds': len(folders),
     }
@@ -232,9 +234,12 @@ def main(argv: Optional[List[str]] = None) -> None:
         for model in args.models or []:
             if model not in config['models']:
                 raise ValueError(f'--models: there is no {model!r}, only {", ".join(config["models"])}.')
+        models = {model: config['models'][model] for model in args.models or config['models']}
+        for key in given:
+            if len({str(recipe.get(key)) for recipe in models.values()}) > 1:
+                raise ValueError(f'--{key.replace("_", "-")} would make equal what these models differ in.')
     except ValueError as e:
         sys.exit(f'python -m train.compare: error: {e}')
-    models = {model: config['models'][model] for model in args.models or config['models']}
     seeds = args.seeds or config['seeds']
 
     name = Path(args.config).stem + ('-smoke' if args.smoke else '')

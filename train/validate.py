@@ -67,7 +67,8 @@ def main(argv: Optional[List[str]] = None) -> None:
             channels, *model_size = config['input_size']
             for height, width in [(size, size) for size in args.img_size or ()] or [model_size]:
                 measured = measure(model, {**config, 'input_size': (channels, height, width)}, args, process)
-                row = dict(model=name, size=f'{height}x{width}', **measured)
+                row = dict(model=name, size=f'{height}x{width}', dataset=args.dataset or Path(args.data_dir).name,
+                           split=args.val_split, **measured)
                 if process.primary and not rows:
                     print(f'On {row["images"]:,} images:\n')
                     print(format_head(['model', 'size', 'top-1, %', 'top-5, %', 'loss']))
