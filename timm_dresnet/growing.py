@@ -24,7 +24,7 @@ _MAX_COST = 0.13  # what connections of the rank chosen here may add to paramete
 
 
 def grow(model: nn.Module, kind: str = 'dresnet', **kwargs: Any) -> ResNet:
-    """Let connections or skip weights grow into a ResNet that is there, with its weights.
+    """Let connections or skip weights grow into an existing ResNet, with its weights.
 
     The network that is returned computes the same and learns from there. Preprocessing and names of classes come along.
     It is saved and loaded as any model of timm is: its architecture is 'dresnet' or 'adaresnet', with the ResNet's name
