@@ -78,7 +78,7 @@ class Run:
         expected = folder.resolve().name, run.dataset_key, run.split
         run.validation = [
             _without_paths(row) for row in measured
-            if (Path(row['model']).name, row['dataset'].split('/', 1)[-1], row['split']) == expected]
+            if (Path(row['model'] or '').name, _dataset_key(row['dataset'] or ''), row['split']) == expected]
         if measured and not run.validation:
             raise ValueError(
                 f'{folder}/validation.csv has no row for {folder.name} on {run.dataset_key} ({run.split}): measure '
@@ -91,9 +91,7 @@ class Run:
     @property
     def dataset_key(self) -> str:
         """Name of the data set in timm, or the name of its folder."""
-        if name := self.args.get('dataset'):
-            return name.split('/', 1)[-1]
-        return Path(self.args.get('data_dir') or '').name or 'unknown'
+        return _dataset_key(self.args.get('dataset') or Path(self.args.get('data_dir') or '').name)
 
     @property
     def split(self) -> str:
@@ -170,6 +168,10 @@ def copy_record(run: Run, source: Path, folder: Path, names: Iterable[str]) -> N
             writer.writerows(run.validation)
     if run.args:
         (folder / 'args.yaml').write_text(yaml.safe_dump(run.args))
+
+
+def _dataset_key(name: str) -> str:
+    return name.split('/', 1)[-1] or 'unknown'
 
 
 def _without_paths(value: Any) -> Any:

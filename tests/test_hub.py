@@ -153,7 +153,7 @@ def test_card_of_a_folder_of_images(folder, tmp_path, capsys):
     (folder / 'validation.csv').write_text(
         'model,size,dataset,split,loss,top1,top5\n'
         + ''.join(f'{folder.resolve()},32x32,{measured}\n' for measured in (
-            'digits,validation,1,50,60', 'digits,train,1,90,95', 'others,validation,1,20,30')))
+            'digits,validation,1,50,60', 'digits,train,1,90,95', 'others,validation,1,20,30', '')))
     (tmp_path / 'new').mkdir()
     build(Upload(folder, 'alice/model'), tmp_path / 'new')
     card = (tmp_path / 'new/README.md').read_text()
