@@ -36,6 +36,16 @@ def rows(path):
         return list(csv.DictReader(f))
 
 
+def check_error(program, main, args, words, capsys):
+    """That a program ends with one sentence that has these words."""
+    with pytest.raises(SystemExit) as error:
+        main(args)
+    printed = capsys.readouterr().err.strip().splitlines()  # argparse has its own way
+    message = printed[-1] if isinstance(error.value.code, int) else error.value.code
+    assert message.startswith(f'{program}: error: ') and '\n' not in message
+    assert all(word in message for word in words), message
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """An empty Hub, with an empty cache; nobody is logged in."""

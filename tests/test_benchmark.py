@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn as nn
 
+from conftest import check_error
 from test_maths import randomize
 from train import benchmark
 from train.benchmark import TrainingStep, count_multiply_adds, prepare_for_inference
@@ -99,8 +100,4 @@ def test_multiply_adds():
     (['--device', 'nothing'], ['--device nothing']),
 ])
 def test_errors(args, words, capsys):
-    with pytest.raises(SystemExit) as error:
-        benchmark.main(['--device', 'cpu', *args])
-    message = error.value.code if isinstance(error.value.code, str) else capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith('python -m train.benchmark: error: ') and '\n' not in message
-    assert all(word in message for word in words), message
+    check_error('python -m train.benchmark', benchmark.main, ['--device', 'cpu', *args], words, capsys)

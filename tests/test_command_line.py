@@ -111,22 +111,27 @@ def test_class_names(names, classes, expected):
 
 
 @pytest.mark.parametrize('mode,scale', [
-    ('L', 1), ('I', 1), ('I', 256), ('I;16', 256), ('I;16', 1 / 256), ('F', 1), ('F', 1 / 255)])
-def test_images_of_more_bits(mode, scale, tmp_path):
+    ('L', 1), ('I', 1), ('I', 256), ('I;16', 256), ('I;16', 257), ('I;16B', 257), ('I;16', 1 / 256), ('F', 1),
+    ('F', 1 / 255)])
+def test_images_of_more_bits(mode, scale):
     gray = np.arange(256, dtype=np.float64).reshape(16, 16)
-    dtype = {'L': np.uint8, 'I': np.int32, 'I;16': np.uint16, 'F': np.float32}[mode]
+    dtype = {'L': np.uint8, 'I': np.int32, 'I;16': '<u2', 'I;16B': '>u2', 'F': np.float32}[mode]
     image = Image.fromarray((gray * scale).astype(dtype))
-    assert image.mode == mode
-    assert np.array_equal(convert_image(image, 'L'), np.zeros((16, 16)) if (mode, scale) == ('I;16', 1 / 256) else gray)
+    expected = Image.fromarray((gray * ((mode, scale) != ('I;16', 1 / 256))).astype(np.uint8))
+    assert image.mode == mode and np.array_equal(convert_image(image, 'L'), expected)
+    preprocess = Classifier(timm.create_model('test_dresnet', pretrained=True)).preprocess
+    assert torch.equal(preprocess(image), preprocess(expected))
 
 
-def test_classify_images_that_cannot_be_read(run, photos, tmp_path):
+def test_classify_images_that_cannot_be_read(run, photos, tmp_path, monkeypatch):
     (tmp_path / 'text.png').write_text('%!PS-Adobe-3.0 EPSF-3.0\n')  # a program, which Ghostscript would run
     (tmp_path / 'cut.jpg').write_bytes((photos / 'a/4.jpg').read_bytes()[:300])
-    status, out, err = run('classify', 'text.png', photos / 'a/0.png', 'missing.png', 'cut.jpg')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 15_000)  # PIL warns above it, and raises above twice as many
+    status, out, err = run('classify', 'text.png', photos / 'a/0.png', 'missing.png', 'cut.jpg', photos / 'b/5.png')
     assert status == 1 and len(out.splitlines()) == 1 and 'a/0.png: ' in out
-    first, second, third = err.splitlines()
+    first, second, third, fourth = err.splitlines()
     assert "'text.png' cannot be read as an image" in first and "no file 'missing.png'" in second and 'cut.jpg' in third
+    assert "b/5.png' cannot be read as an image (DecompressionBombWarning)" in fourth
     missing, first, second = run('classify', 'missing.png', *2 * [photos / 'a/0.png'], '--json')[1].splitlines()
     assert first == second != '' and 'missing.png' in missing
 

@@ -3,18 +3,15 @@ import json
 import os
 import pickle
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 import train.__main__
 import train.validate
 from timm_dresnet.folders import load_folder
-from timm_dresnet.images import Classifier
 
 
 @pytest.fixture
@@ -115,22 +112,3 @@ def test_files_may_be_links(folder, tmp_path):
     (folder / 'config.json').rename(tmp_path / 'config.json')
     (folder / 'config.json').symlink_to(tmp_path / 'config.json')
     assert load_folder(folder).pretrained_cfg['label_names'] == list('abcd')
-
-
-@pytest.fixture(scope='module')
-def classifier():
-    return Classifier(timm.create_model('test_dresnet', pretrained=True).eval())
-
-
-def test_images_that_are_too_large(classifier, tmp_path, monkeypatch):
-    Image.new('RGB', (12, 12)).save(tmp_path / 'image.png')
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)  # PIL warns above it, and raises above twice as many
-    with pytest.raises(ValueError, match='image.png. cannot be read as an image .DecompressionBombWarning'):
-        classifier.read(str(tmp_path / 'image.png'))
-
-
-def test_images_of_16_bits(classifier):
-    expected = classifier.preprocess(Image.new('RGB', (30, 40), (128, 128, 128)))
-    for dtype in ('<u2', '>u2'):
-        pixels = classifier.preprocess(Image.fromarray(np.full((40, 30), 128 * 257, dtype=dtype)))
-        torch.testing.assert_close(pixels, expected, rtol=0, atol=0.02)

@@ -3,6 +3,7 @@ import hashlib
 import json
 import re
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -59,17 +60,15 @@ def alice(hub, monkeypatch):
 
 @pytest.fixture
 def push(folders, capsys):
-    """Push a folder to alice/model: returns what is printed, and whether that is an error."""
-    def run(*args, kind='test_dresnet', folder=None, repo_id='alice/model'):
-        error = ''
-        try:
+    """Push a folder to alice/model, without an error or with one that says this. Returns what is printed."""
+    def run(*args, kind='test_dresnet', folder=None, repo_id='alice/model', error=''):
+        with pytest.raises(SystemExit) if error else nullcontext() as raised:
             main([str(folder or folders[kind][0]), '--repo-id', repo_id, *args])
-        except SystemExit as e:
-            error = e.code
-            assert error.startswith('python -m hub.push: error: ') and '\n' not in error
-        printed = capsys.readouterr()
-        assert 'hf_' not in printed.out + printed.err + error  # a token
-        return error or printed.out, bool(error)
+        message, printed = raised.value.code if error else '', capsys.readouterr()
+        assert 'hf_' not in printed.out + printed.err + message  # a token
+        if error:
+            assert message.startswith('python -m hub.push: error: ') and '\n' not in message and error in message
+        return printed.out
     return run
 
 
@@ -81,8 +80,7 @@ def run_snippets(card, capsys):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_published_is_loadable(alice, push, folders, kind, capsys):
-    printed, failed = push(kind=kind)
-    assert not failed and 'Loaded back, with equal logits' in printed
+    assert 'Loaded back, with equal logits' in push(kind=kind)
     assert len(alice.repos['alice/model'].commits) == 2  # the first comes with the repository
     assert set(alice.files('alice/model')) == {'.gitattributes', 'README.md', 'config.json', 'model.safetensors'}
 
@@ -92,33 +90,31 @@ def test_published_is_loadable(alice, push, folders, kind, capsys):
         torch.testing.assert_close(loaded(images), model(images))
     run_snippets(alice.files('alice/model')['README.md'].decode(), capsys)
 
-    assert 'nothing was changed' in push(kind=kind)[0]
+    assert 'nothing was changed' in push(kind=kind)
     assert len(alice.repos['alice/model'].commits) == 2
 
 
 def test_pull_request(alice, push):
-    assert 'Repository Not Found' in push('--create-pr')[0]  # there is none
+    push('--create-pr', error='Repository Not Found')  # there is none
     push(kind='test_adaresnet')
-    printed, failed = push('--create-pr')
-    assert not failed and f'Pushed to {alice.url}/alice/model/discussions/1' in printed
+    printed = push('--create-pr')
+    assert f'Pushed to {alice.url}/alice/model/discussions/1' in printed
     assert alice.files('alice/model')['config.json'] != alice.files('alice/model', 'refs/pr/1')['config.json']
     assert "timm.create_model('hf-hub:alice/model@refs/pr/1', pretrained=True)" in printed
     alice.faults.append(Fault('POST */commit/*', after=True))
-    error, failed = push('--create-pr')
-    assert failed and 'disconnected' in error
+    push('--create-pr', error='disconnected')
     assert set(alice.repos['alice/model'].refs) == {'main', 'refs/pr/1', 'refs/pr/2'}  # none is opened twice
 
 
 def test_branch_and_private(alice, push):
-    printed, failed = push('--private', '--revision', 'wide')
-    assert not failed and "timm.create_model('hf-hub:alice/model@wide', pretrained=True)" in printed
+    assert "timm.create_model('hf-hub:alice/model@wide', pretrained=True)" in push('--private', '--revision', 'wide')
     assert alice.repos['alice/model'].private
     assert set(alice.files('alice/model')) == {'.gitattributes'}
     assert 'model.safetensors' in alice.files('alice/model', 'wide')
 
 
 def test_card_of_a_run(alice, push, digits_folder, capsys):
-    assert not push('--dataset-id', 'alice/digits', folder=digits_folder)[1]
+    push('--dataset-id', 'alice/digits', folder=digits_folder)
     files = alice.files('alice/model')
     files['notes.md'] = b'mine'
     assert {'args.yaml', 'summary.csv', 'curves.png', 'connections.png', 'connections.csv'} <= set(files)
@@ -137,7 +133,7 @@ def test_card_of_a_run(alice, push, digits_folder, capsys):
     assert '![Loss and accuracy over the epochs](curves.png)' in card.text
     run_snippets(card.text, capsys)
 
-    assert not push()[1]  # a second model takes its place by one commit, and none of its files is left over
+    push()  # a second model takes its place by one commit, and none of its files is left over
     assert len(alice.repos['alice/model'].commits) == 3
     assert set(alice.files('alice/model')) == {
         '.gitattributes', 'README.md', 'config.json', 'model.safetensors', 'notes.md'}
@@ -172,10 +168,9 @@ def test_card_of_another_model(tmp_path):
 
 def test_card_of_the_author(alice, push, folder):
     (folder / 'README.md').write_text('---\nlibrary_name: timm\n---\n# Mine\n')
-    assert not push(folder=folder)[1]
+    push(folder=folder)
     assert alice.files('alice/model')['README.md'].decode() == (folder / 'README.md').read_text()
-    error, failed = push('--license', 'mit', folder=folder)
-    assert failed and '--license' in error
+    push('--license', 'mit', folder=folder, error='--license')
 
 
 @pytest.mark.parametrize('args,start,base_model', [
@@ -210,8 +205,7 @@ def test_card_says_what_the_training_started_from(folder, tmp_path, args, start,
 def test_tokens(hub, push, monkeypatch, token, message):
     if token:
         monkeypatch.setenv('HF_TOKEN', token)
-    error, failed = push()
-    assert failed and message in error
+    push(error=message)
     assert not hub.repos
 
 
@@ -221,10 +215,8 @@ def test_faults_that_pass(alice, push):
         Fault('POST */preupload/*', 500), Fault('POST */objects/batch', 429), Fault('PUT /lfs/*', times=2),
         Fault('POST */commit/*', after=True), Fault('GET */resolve/*/model.safetensors', 429),
     ]
-    error, failed = push()
-    assert failed and 'disconnected' in error
-    printed, failed = push()
-    assert not failed, printed
+    push(error='disconnected')
+    printed = push()
     assert 'nothing was changed' in printed and 'Loaded back, with equal logits' in printed
     assert not any(fault.times for fault in alice.faults)
     assert len(alice.repos['alice/model'].commits) == 2
@@ -239,8 +231,7 @@ def test_faults_that_pass(alice, push):
 ], ids=lambda value: f'{value.request} {value.status or "cut"}' if isinstance(value, Fault) else '')
 def test_faults_that_stay(alice, push, fault, message, commits):
     alice.faults.append(fault)
-    error, failed = push()
-    assert failed and message in error
+    push(error=message)
     made = alice.repos['alice/model'].commits if commits else {}
     assert len(made) == commits
     for files in made.values():  # whole, or not there
@@ -262,20 +253,19 @@ def test_faults_that_stay(alice, push, fault, message, commits):
 ])
 def test_damaged_folders(alice, push, folder, damage, message):
     damage(folder)
-    error, failed = push(folder=folder)
-    assert failed and message in error and not alice.requests
+    push(folder=folder, error=message)
+    assert not alice.requests
 
 
 def test_dry_run_and_wrong_command_lines(hub, push, capsys):
-    printed, failed = push('--dry-run')
-    assert not failed and not hub.requests and '  model.safetensors' in printed and '  README.md' in printed
+    printed = push('--dry-run')
+    assert not hub.requests and '  model.safetensors' in printed and '  README.md' in printed
     assert 'library_name: timm' in printed  # the card
     for args in (['x'], ['x', '--repo-id', 'alice/x', '--zoo', 'y'], ['--zoo', 'y']):
         with pytest.raises(SystemExit, match='2'):
             main(args)
         assert 'error:' in capsys.readouterr().err
-    error, failed = push(repo_id='model')
-    assert failed and "'model' is not a repository" in error
+    push(repo_id='model', error="'model' is not a repository")
 
 
 def test_zoo(alice):

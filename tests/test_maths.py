@@ -51,19 +51,21 @@ def assert_same_gradients(model, reference, output, expected):
     ('dresnet34', 'gauss', (65, 97), CHANNELS_LAST, dict(drop_path_rate=0.3)),
     ('dresnet50', 'sigmoid', (65, 97), CONTIGUOUS, dict(avg_down=True, act_layer='silu')),
     ('test_dresnet', 'gauss', (17, 23), CONTIGUOUS, {}), ('dresnet18_cifar', 'gauss', (17, 23), CONTIGUOUS, {}),
+    ('adaresnet50', None, (33, 47), CONTIGUOUS, {}),
+    *(('adaresnet18', None, (33, 47), CONTIGUOUS, dict(skip_weight=kind)) for kind in ('per_kind', 'shared')),
     pytest.param('dresnet18', 'sigmoid', (224, 224), CHANNELS_LAST, {}, marks=pytest.mark.slow),
 ], ids=str)
-def test_dresnet(arch, gate, size, layout, kwargs, training):
+def test_outputs_gradients_and_statistics(arch, gate, size, layout, kwargs, training):
     model = create(arch, gate=gate, **kwargs).train(training)
     reference = copy.deepcopy(model)
-    batch = 4 if size == (17, 23) else 2
+    batch = 4 if size < (64, 64) else 2
     x = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     torch.manual_seed(3)  # for stochastic depth
     output = model.to(memory_format=layout)(x.to(memory_format=layout))
     torch.manual_seed(3)
-    expected, stats = naive.dresnet(reference, gate, x)
+    expected, stats = naive.dresnet(reference, gate, x) if gate else (naive.adaresnet(reference, x), [])
     assert_same_gradients(model, reference, output, expected)
-    assert bool(stats) == training
+    assert bool(stats) == (training and gate is not None)
     norms = dict(zip(reference.modules(), model.modules()))
     for norm, channels, mean, var in stats:
         torch.testing.assert_close(norms[norm].running_mean[channels], mean)
@@ -104,18 +106,6 @@ def test_batch_norms_put_into_eval_mode():
     output = model(x)
     assert all(torch.equal(buffer, statistics[name]) for name, buffer in model.named_buffers())
     torch.testing.assert_close(output, model.eval()(x), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
-@pytest.mark.parametrize('arch,kwargs', [
-    ('adaresnet50', {}), ('adaresnet18', dict(skip_weight='per_kind')), ('adaresnet18', dict(skip_weight='shared')),
-], ids=str)
-def test_adaresnet(arch, kwargs, training):
-    model = create(arch, **kwargs).train(training)
-    reference = copy.deepcopy(model)
-    x = torch.randn(4, 3, 33, 47, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    output = model(x)
-    assert_same_gradients(model, reference, output, naive.adaresnet(reference, x))
 
 
 @pytest.mark.parametrize('amp', [False, True], ids=['float32', 'amp'])

@@ -1,8 +1,5 @@
 """Pretrained configs, weights in the package, and networks grown from timm's checkpoints on the Hub."""
-import subprocess
-import sys
-from pathlib import Path
-from shutil import copytree, ignore_patterns
+from shutil import copy
 
 import pytest
 import timm
@@ -14,9 +11,10 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, list_pretr
 
 import timm_dresnet
 from test_grow import trained
+from timm_dresnet import pretrained
 
-PACKAGE = Path(timm_dresnet.__file__).parent
 PACKAGED = [name for name in list_pretrained(['*dresnet*', '*adaresnet*']) if '.init_' not in name]
+FILE = 'test_dresnet.c10.safetensors'
 GROWN = {
     **{f'dresnet{n}{gate}': f'resnet{n}' for n in (18, 34, 50, 101) for gate in ('', '_gauss')},
     **{f'adaresnet{n}': f'resnet{n}' for n in (18, 34, 50, 101, 152)},
@@ -146,31 +144,19 @@ def test_weights_of_a_shared_skip_weight():
         assert network.layer1[0].skip_weight.state_dict()['alpha'] == 1.5
 
 
-def test_damaged_files_do_not_load(tmp_path):
-    copytree(PACKAGE, tmp_path / 'timm_dresnet', ignore=ignore_patterns('__pycache__'))
-    code = """if True:
-        from pathlib import Path
-        import timm
-        folder = Path('timm_dresnet/weights').absolute()
-        file, manifest = folder / 'test_dresnet.c10.safetensors', folder / 'manifest.json'
-        whole = file.read_bytes()
-        for path, data, words in [
-            (file, whole[:-1], 'is damaged'),
-            (file, whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:], 'is damaged'),
-            (file, None, 'cannot be read'),
-            (manifest, b'{}', 'missing or damaged'),
-            (manifest, None, 'missing or damaged'),
-        ]:
-            before = path.read_bytes()
-            path.unlink() if data is None else path.write_bytes(data)
-            try:
-                timm.create_model('test_dresnet', pretrained=True)
-            except RuntimeError as e:
-                assert str(path) in str(e) and words in str(e) and 'pip install' in str(e), e
-            else:
-                raise SystemExit(f'{path} was loaded: it {words}')
-            path.write_bytes(before)
+@pytest.mark.parametrize('name,damage,words', [
+    (FILE, lambda data: data[:-1], 'is damaged'), (FILE, None, 'cannot be read'),
+    (FILE, lambda data: data[:-100] + bytes([data[-100] ^ 1]) + data[-99:], 'is damaged'),
+    ('manifest.json', lambda data: b'{}', 'missing or damaged'), ('manifest.json', None, 'missing or damaged'),
+])
+def test_damaged_files_do_not_load(name, damage, words, tmp_path, monkeypatch):
+    registered = get_pretrained_cfg('test_dresnet').file
+    for file in (FILE, 'manifest.json'):
+        copy(pretrained._FOLDER / file, tmp_path)
+    monkeypatch.setattr(pretrained, '_FOLDER', tmp_path)
+    monkeypatch.setattr(pretrained, 'packaged_file', lambda tag: registered)
+    path = tmp_path / name
+    path.unlink() if damage is None else path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(RuntimeError, match=words) as error:
         timm.create_model('test_dresnet', pretrained=True)
-    """
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert str(path) in str(error.value) and 'pip install' in str(error.value)

@@ -1,16 +1,24 @@
-"""A run that was stopped resumes by the same command, to the very weights of one that was not."""
+"""A run that was stopped, or in which something went wrong, resumes by the same command, to the very weights of one
+that was not. Several processes train as one, and go on when one of them dies.
+
+faults.py makes the faults of the slow tests. Others are in tests/test_train.py.
+"""
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT, rows
+from test_data import write_digits
 from test_train import train
+from train.checkpoints import newest
 from train.engine import Stopped
 
 # random numbers everywhere: in loading processes, in erasing, in the model; a moving average with warm-up; connections
@@ -22,16 +30,33 @@ RECIPE = [
     '--grad-accum-steps', '2', '--recovery-interval', '2', '--deterministic',
     '--prune-connections', '0.5', '0.34',
 ]
+PLAIN_RECIPE = [
+    '--config', 'train/recipes/digits.yaml', '--device', 'cpu', '--model', 'test_dresnet', '--workers', '0',
+    '--warmup-epochs', '0', '--deterministic']
+CASES = {  # the batch of 3 epochs of 6; epoch and batch kept, of checkpoints 2 updates apart; exit status; message
+    'sigkill': ('1,save', (1, 6), -signal.SIGKILL, ''),
+    'full disk': ('1,save', (1, 6), 1, 'could not be written, there are '),
+    'killed worker': ('1,3', (1, 0), 1, 'error: DataLoader worker '),
+    'hanging worker': ('2,5', (2, 4), 1, 'timed out after 10 seconds. '),
+    'vanished file': ('1,3', (1, 2), 1, '.png cannot be read '),
+}
 
 
-def start(output, *args, recipe=RECIPE, launcher=(), **kwargs):
-    command = [sys.executable, *launcher, '-m', 'train', *recipe, '--output', str(output), *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **kwargs)
+def start(output, *args, recipe=RECIPE, program=('-m', 'train'), **kwargs):
+    command = [sys.executable, *program, *recipe, '--output', str(output), *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
-def finish(process):
-    _, log = process.communicate()
-    assert process.returncode == 0, log
+def start_together(output, processes, *args):
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '--max-restarts=3']
+    return start(
+        output, *args, recipe=PLAIN_RECIPE, program=[*(launcher if processes > 1 else []), '-m', 'train'],
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'})
+
+
+def finish(process, status=0, timeout=None):
+    _, log = process.communicate(timeout=timeout)
+    assert process.returncode == status, log
     return log
 
 
@@ -86,3 +111,75 @@ def test_stopped_in_validation(tmp_path, monkeypatch):
         with pytest.raises(SystemExit):
             train(tmp_path, *args)
     assert_same(train(tmp_path, *args), expected)
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """On the same batches, half of each, by gradients that are averaged. Batch norms would see halves."""
+    args = ['--epochs', 1, '--no-aug', '--grad-accum-steps', 2, '--model-kwargs', 'norm_layer=groupnorm1']
+    for processes in (1, 2):
+        finish(start_together(tmp_path / str(processes), processes, *args, '--batch-size', 64 // processes))
+    alone, together = (load_file(tmp_path / name / 'digits/model.safetensors') for name in '12')
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+    expected, found = (rows(tmp_path / name / 'digits/summary.csv')[0] for name in '12')
+    for key in ('train_loss', 'eval_loss'):
+        assert float(found[key]) == pytest.approx(float(expected[key]), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_restarted(tmp_path):
+    args = ['--batch-size', 32, '--epochs', 4, '--recovery-interval', 5, '--model-ema', '--model-ema-decay', 0.9]
+    finish(start_together(tmp_path / 'whole', 2, *args))
+    job = start_together(tmp_path / 'killed', 2, *args)
+    log = ''
+    killed = False
+    for line in job.stderr:
+        log += line
+        if not killed and 'epoch   2/4' in line:
+            workers = subprocess.run(['pgrep', '-P', str(job.pid)], capture_output=True, text=True).stdout.split()
+            os.kill(int(workers[-1]), signal.SIGKILL)
+            killed = True
+    assert job.wait() == 0, log
+    assert killed and 'Resuming from' in log, log
+    found, expected = (load_file(tmp_path / name / 'digits/model.safetensors') for name in ('killed', 'whole'))
+    assert all((found[key] == expected[key]).all() for key in expected)
+    assert [path.name for path in (tmp_path / 'killed').iterdir()] == ['digits']
+
+
+@pytest.fixture(scope='module')
+def recipe(tmp_path_factory):
+    classes = dict(a=1, b=2, c=3)
+    folder = write_digits(tmp_path_factory.mktemp('digits'), dict(train=classes, validation=classes))
+    return [
+        '--data-dir', str(folder), '--model', 'test_dresnet', '--input-size', '3', '16', '16', '--num-classes', '3',
+        '--batch-size', '20', '--epochs', '3', '--warmup-epochs', '1', '--opt', 'adamw', '--lr', '0.003',
+        '--reprob', '0.3', '--model-ema', '--recovery-interval', '2', '--deterministic', '--experiment', 'digits',
+        '--worker-timeout', '10']
+
+
+@pytest.fixture(scope='module')
+def without_faults(recipe, tmp_path_factory):
+    output = tmp_path_factory.mktemp('without-faults')
+    finish(start(output, '--workers', 0, recipe=recipe), timeout=300)
+    return output / 'digits'
+
+
+@pytest.mark.parametrize('fault', CASES)
+@pytest.mark.slow
+def test_no_finished_epoch_is_lost(fault, recipe, without_faults, tmp_path):
+    folder = tmp_path / 'digits'
+    moment, kept, status, message = CASES[fault]
+    # worker processes would write to shared memory, which is no disk
+    workers = 0 if fault == 'full disk' else 2
+    process = start(tmp_path, '--workers', workers, recipe=recipe, program=['tests/faults.py', fault, moment])
+    log = finish(process, status, timeout=300)
+    for path in Path(recipe[1]).rglob('*.gone'):
+        path.rename(path.with_suffix(''))
+    assert message in log and 'train/__main__.py' not in log, log  # no traceback
+
+    checkpoint = newest(folder)
+    progress = torch.load(checkpoint, weights_only=False)['task_state']
+    assert (progress['epoch'], progress['batch']) >= kept
+    assert summary(folder)[:kept[0]] == summary(without_faults)[:kept[0]]
+    assert f'Resuming from {checkpoint}' in finish(start(tmp_path, '--workers', 2, recipe=recipe), timeout=300)
+    assert_same(folder, without_faults)
+    assert not list(folder.glob('*tmp*'))

@@ -23,18 +23,21 @@ models = pytest.mark.parametrize('name', ['dresnet18', 'dresnet56_cifar', 'adare
 
 @models
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
-def test_forward_hooks_fire_once(name, training):
-    """As Captum, torchinfo, profilers and feature extractors need it; and they change nothing."""
-    model = create(name).double().train(training)
-    x = images(batch=4, size=32).double()
+@pytest.mark.parametrize('replace', [False, True], ids=['hooks', 'forward'])
+def test_every_leaf_is_called_once(name, replace, training):
+    """As Captum, torchinfo, profilers and accelerate's offloading need it; and they change nothing."""
+    model, x = create(name).double().train(training), images(batch=4, size=32).double()
     expected = copy.deepcopy(model)(x)
     empty = nn.ModuleDict, nn.Sequential
-    leaves = [n for n, m in model.named_modules() if not list(m.children()) and not isinstance(m, empty)]
-    hooks = {n: Mock(return_value=None) for n in leaves}
-    for n, hook in hooks.items():
-        model.get_submodule(n).register_forward_hook(hook)
+    leaves = [m for m in model.modules() if not list(m.children()) and not isinstance(m, empty)]
+    calls = [Mock(side_effect=m.forward) if replace else Mock(return_value=None) for m in leaves]
+    for leaf, call in zip(leaves, calls):
+        if replace:
+            leaf.forward = call
+        else:
+            leaf.register_forward_hook(call)
     torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
-    assert not [n for n, hook in hooks.items() if hook.call_count != 1]
+    assert not [leaf for leaf, call in zip(leaves, calls) if call.call_count != 1]
 
 
 @models
@@ -81,18 +84,6 @@ def test_changed_convolutions_train(name, change, new):
     parameters = {n: p for n, p in model.named_parameters() if n.endswith(new)}
     assert len(parameters) == len(convolutions) * len(new)
     assert not [n for n, p in parameters.items() if not p.grad.isfinite().all() or not p.grad.any()]
-
-
-@models
-def test_forward_replaced_in_an_instance(name):
-    """As accelerate does for offloading."""
-    model, x = create(name).double().train(), images(batch=4, size=32).double()
-    expected = copy.deepcopy(model)(x)
-    with_weights = [module for module in model.modules() if list(module.parameters(recurse=False))]
-    for module in with_weights:
-        module.forward = Mock(side_effect=module.forward)
-    assert_close(model(x), expected)
-    assert all(module.forward.called for module in with_weights)
 
 
 @models
@@ -163,8 +154,7 @@ def test_statistics_taken_again(name):
     reference = called(model)
     for m in (model, reference):
         torch.optim.swa_utils.update_bn(images(batch=8, size=32).double().split(4), m)
-    for (n, found), expected in zip(model.named_buffers(), reference.buffers()):
-        torch.testing.assert_close(found, expected, msg=lambda m: f'{n}: {m}')
+    torch.testing.assert_close(*(dict(m.named_buffers()) for m in (model, reference)))
 
 
 @pytest.fixture(scope='module')

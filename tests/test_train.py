@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_dresnet
-from conftest import ROOT, rows
+from conftest import ROOT, check_error, rows
 from test_data import write_digits
 from timm_dresnet.folders import load_checkpoint, load_folder
 from timm_dresnet.pretrained import packaged_file
@@ -78,8 +78,11 @@ def train(output, *args):
      '--decay-epochs', 1, '--cutmix', 1, '--eval-metric', 'loss', '--checkpoint-hist', 2, '--gp',
      'avgmax'],
 ], ids=lambda args: args[1])
-def test_other_arguments(args, tmp_path):
-    folder = train(tmp_path, *args)
+def test_other_arguments(args, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr('train.run.computes_bfloat16', lambda: True)
+    with caplog.at_level(logging.INFO, 'train'):
+        folder = train(tmp_path, *args)
+    assert ('This CPU trains faster in bfloat16' in caplog.text) == ('--amp' not in args)
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     mode = 'RGB' if '--in-chans' in args else 'L'
     summary = rows(folder / 'summary.csv')
@@ -120,11 +123,12 @@ def test_the_same_command_again(tmp_path, caplog):
 
 
 def test_other_classes_than_before(tmp_path, capsys, caplog):
-    """End a run that resumes and one that is finished; and checkpoints have their names of classes."""
+    """End a run that resumes and one that is finished, of four channels; checkpoints have their names of classes."""
     folder = write_digits(tmp_path / 'images', {split: dict(a=1, b=2, c=3) for split in ('train', 'validation')})
-    args = ['--model', 'test_dresnet', '--dataset', '', '--num-classes', 3, '--data-dir', folder, '--batch-size', 20]
+    args = ['--model', 'test_dresnet', '--dataset', '', '--num-classes', 3, '--in-chans', 4, '--data-dir', folder,
+            '--batch-size', 20]
     output = train(tmp_path, *args)
-    validate.main([str(output / 'last.pth.tar'), '--data-dir', str(folder), '--workers', '0'])
+    validate.main([str(output), str(output / 'last.pth.tar'), '--data-dir', str(folder), '--workers', '0'])
     assert load_checkpoint(output / 'last.pth.tar').pretrained_cfg['label_names'] == ['a', 'b', 'c']
     for split in ('train', 'validation'):
         (folder / split / 'b').rename(folder / split / 'd')
@@ -133,30 +137,6 @@ def test_other_classes_than_before(tmp_path, capsys, caplog):
     (output / 'model.safetensors').unlink()
     with pytest.raises(SystemExit, match='was trained with other classes than the data set has .b, d.'):
         train(tmp_path, *args)
-
-
-@pytest.mark.parametrize('args,words', [
-    ([], 'This CPU trains faster in bfloat16'), (['--amp', '--amp-dtype', 'bfloat16'], 'Training test_adaresnet')])
-def test_bfloat16_is_named_on_cpus_that_have_it(args, words, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr('train.run.computes_bfloat16', lambda: True)
-    with caplog.at_level(logging.INFO, 'train'):
-        train(tmp_path, '--model', 'test_adaresnet', *args)
-    assert [record.message for record in caplog.records][0].startswith(words)
-
-
-def test_learning_rate_of_smaller_batches(tmp_path):
-    """Two batches of 718 images and not one of 1,000, so that few are left over."""
-    main(['--dataset', 'digits', '--model', 'test_dresnet', '--num-classes', '10', '--in-chans', '1', '--batch-size',
-          '1000', '--epochs', '1', '--warmup-epochs', '0', '--sched', 'constant', '--workers', '0', '--output',
-          str(tmp_path), '--experiment', 'digits'])
-    assert float(rows(tmp_path / 'digits/summary.csv')[0]['lr']) == pytest.approx(0.1 * 718 / 256)
-
-
-def test_images_of_four_channels(tmp_path):
-    folder = write_digits(tmp_path, {split: dict(a=1, b=2) for split in ('train', 'validation')})
-    output = train(tmp_path, '--model', 'test_resnet', '--dataset', '', '--data-dir', folder, '--in-chans', 4,
-                   '--num-classes', 2)
-    validate.main([str(output), '--data-dir', str(folder), '--workers', '0'])
 
 
 def test_classes_that_do_not_fit(tmp_path):
@@ -280,12 +260,7 @@ def test_loss_that_is_not_finite(tmp_path):
     (['--prune-connections', '0.5', '0.5', '--model', 'test_adaresnet'], ['test_adaresnet', 'no connections']),
 ])
 def test_errors_are_one_sentence(args, words, tmp_path, capsys):
-    with pytest.raises(SystemExit) as error:
-        main(['--config', str(RECIPE), '--output', str(tmp_path), *args])
-    message = error.value.code  # argparse has its own way
-    if isinstance(message, int):
-        message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert all(word in message for word in words) and '\n' not in message
+    check_error('python -m train', main, ['--config', str(RECIPE), '--output', str(tmp_path), *args], words, capsys)
 
 
 @pytest.mark.parametrize('text,words', [
@@ -300,10 +275,7 @@ def test_errors_are_one_sentence(args, words, tmp_path, capsys):
 def test_wrong_recipes(text, words, tmp_path, capsys):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(text)
-    with pytest.raises(SystemExit):
-        parse_args(['--config', str(recipe)])
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert all(word in message for word in ['python -m train: error: ', *words, str(recipe)])
+    check_error('python -m train', parse_args, ['--config', str(recipe)], [*words, str(recipe)], capsys)
 
 
 def test_recipe_becomes_arguments(tmp_path):
