@@ -301,10 +301,13 @@ def test_other_feature_extractors():
             create(name, features_only=True, feature_cls='list')
 
 
-@pytest.mark.parametrize('name', ['adaresnet18', 'adaresnet18d'])
-def test_without_shortcuts_there_are_branches(name):
+@pytest.mark.parametrize('name,kwargs', [
+    ('adaresnet18', dict(skip_init=0.)), ('adaresnet18d', dict(skip_init=0.)),
+    ('adaresnet18d', dict(zero_init_last=False)),
+], ids=str)
+def test_without_shortcuts_there_are_branches(name, kwargs):
     """From the start, and when weights are made again."""
-    model = create(name, skip_init=0.)
+    model = create(name, **kwargs)
     stem = next(model.conv1.parameters())
     before = {name: (p == 0).all() for name, p in model.named_parameters() if '.bn' in name}
     for _ in range(2):

@@ -175,8 +175,6 @@ class AdaResNet(ResNet):
         }
         if skip_weight not in groups:
             raise ValueError(f"skip_weight must be one of {', '.join(map(repr, groups))}, got {skip_weight!r}.")
-        if skip_init == 0:
-            self._zero_init_last = False  # also where a ResNet was made before its skip weights
         skip_weights: Dict[Any, SkipWeight] = {}
         for stage in self.stage_names:
             for name, module in getattr(self, stage).named_children():

@@ -103,6 +103,7 @@ def _grow_dresnet(
 
 def _grow_adaresnet(model: nn.Module, **kwargs: Any) -> AdaResNet:
     grown = _adopt(model, AdaResNet)
+    grown._zero_init_last = grown._model_args.get('zero_init_last', True)  # timm's default
     families = {resnet.BasicBlock: AdaBasicBlock, resnet.Bottleneck: AdaBottleneck}
     for name in grown.stage_names:
         for block in getattr(grown, name):
