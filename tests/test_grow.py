@@ -55,6 +55,18 @@ def test_grown_model_is_its_resnet(family, depth):
     assert all((p.grad != 0).any() for n, p in learned.items())
 
 
+def test_in_training_on_two_positions():
+    """From two images in a 1x1 map, rounding could make variances of large activations negative, and outputs NaN."""
+    torch.manual_seed(10)
+    resnet = timm.create_model('resnet18', num_classes=5)
+    for block in resnet.layer1:
+        nn.init.constant_(block.bn2.weight, 1000.)
+    model = timm_dresnet.grow(resnet)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.train()(x), resnet.train()(x))
+    assert all(statistic.isfinite().all() for statistic in model.buffers())
+
+
 @pytest.mark.parametrize('arch', ['dresnet18', 'adaresnet18'])
 def test_grown_from_memory_for_other_classes_and_channels(arch):
     overlay = dict(state_dict=trained('resnet18').state_dict())
