@@ -186,14 +186,14 @@ class Connections(nn.Module):
         """Projections of sources, where they are None to be fused, that fold into one convolution, or else one each."""
         groups: Dict[Tuple[Any, ...], List[Projection]] = {}
         for k, projection in ((k, self.projections[str(k)]) for k in ys if k in self.targets):
-            conv, norm, fusing = projection.conv, projection.norm, ys[k] is None
+            conv, norm, y = projection.conv, projection.norm, ys[k]
             # Inputs are put side by side where that costs less than sums of outputs; in training, where their
             # covariance takes no longer than norms of the outputs, which would be kept for the backward pass, and comes
             # from positions enough to be exact. Not in eval mode, whose outputs equal those of a graph of torch.fx to
             # the last bit (there one can fuse).
-            folds = (fusing or norm.training) and projection.can_fold(ys[k]) and (
-                conv.in_channels <= max(64, conv.out_channels) if fusing
-                else conv.in_channels ** 2 <= 16 * conv.out_channels and ys[k].numel() >= 8 * conv.in_channels)
+            folds = (y is None or norm.training) and projection.can_fold(y) and (
+                conv.in_channels <= max(64, conv.out_channels) if y is None
+                else conv.in_channels ** 2 <= 16 * conv.out_channels and y.numel() >= 8 * conv.in_channels)
             key = (projection.targets, norm.eps) if folds else (k,)
             groups.setdefault((folds, *key), []).append(projection)
         return [(folds, group) for (folds, *_), group in groups.items()]
