@@ -49,12 +49,6 @@ class Upload:
             raise ValueError(f'{self.repo_id!r} is not a repository: give it as USER/NAME.')
 
 
-def read_zoo(path: Path, namespace: str) -> List[Upload]:
-    """Read a YAML file that lists packaged models by name and tag, each with `dataset_id` and `note`."""
-    zoo = yaml.safe_load(path.read_text())
-    return [Upload(ZOO / tag, f'{namespace}/{tag}', model=tag, **facts) for tag, facts in zoo.items()]
-
-
 def build(upload: Upload, folder: Path) -> nn.Module:
     """Write the files of the repository into an empty folder, and return the model, in eval mode.
 
@@ -176,8 +170,13 @@ def main(argv: Optional[List[str]] = None) -> None:
         parser.error('a folder needs --repo-id USER/NAME, and not --namespace.')
 
     try:
-        for upload in read_zoo(args.zoo, args.namespace) if args.zoo else [
-                Upload(args.folder, args.repo_id, license=args.license, dataset_id=args.dataset_id)]:
+        if args.zoo:
+            zoo = yaml.safe_load(args.zoo.read_text())
+            uploads = [
+                Upload(ZOO / tag, f'{args.namespace}/{tag}', model=tag, **facts or {}) for tag, facts in zoo.items()]
+        else:
+            uploads = [Upload(args.folder, args.repo_id, license=args.license, dataset_id=args.dataset_id)]
+        for upload in uploads:
             with tempfile.TemporaryDirectory(prefix='hub-push-') as name:
                 model = build(upload, Path(name))
                 files = sorted(Path(name).iterdir())

@@ -8,12 +8,9 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from hub.push import Upload, build
+from test_models import images
 
 MODELS = ['dresnet18', 'adaresnet18']
-
-
-def images(count=2, size=64):
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def check_trains(model, loss):

@@ -25,8 +25,8 @@ def create(name, **kwargs):
     return timm.create_model(name, **kwargs)
 
 
-def images(model_or_channels=3, batch=2, size=64):
-    return torch.randn(batch, model_or_channels, size, size, generator=torch.Generator().manual_seed(1))
+def images(batch=2, size=64):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def assert_close(actual, expected, rtol=1e-4, atol=1e-5):

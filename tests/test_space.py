@@ -1,5 +1,4 @@
 """The web page of hub/space: what it computes, and the page in a headless browser."""
-import importlib.util
 import shutil
 
 import numpy as np
@@ -8,18 +7,8 @@ import timm
 import torch
 from PIL import Image
 
-from conftest import ROOT
-
 pytest.importorskip('gradio')
-APP = ROOT / 'hub/space/app.py'
-
-
-@pytest.fixture(scope='module')
-def app():
-    spec = importlib.util.spec_from_file_location('space_app', APP)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from hub.space import app  # noqa: E402
 
 
 @pytest.fixture(scope='module')
@@ -29,7 +18,7 @@ def image():
 
 @pytest.mark.parametrize('name', ['test_dresnet.c10', 'test_adaresnet.c10'])
 @torch.no_grad()
-def test_switching_off(app, image, name):
+def test_switching_off(image, name):
     names = list(app.connection_names(name))
     best, change, _ = app.classify(image, name, names)
     model = timm.create_model(name, pretrained=True).eval()
@@ -53,7 +42,7 @@ CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 
 
 @pytest.mark.skipif(not CHROMIUM, reason='no chromium here (apt install chromium)')
-def test_page_in_a_browser(app, image, tmp_path):
+def test_page_in_a_browser(image, tmp_path):
     sync_api = pytest.importorskip('playwright.sync_api')
     image.resize((200, 160)).save(tmp_path / 'image.png')
     server = app.create_page()

@@ -290,7 +290,8 @@ def _write_model(model: nn.Module, path: Path) -> None:
         save_for_hf(model, str(folder), safe_serialization=True)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a number from 1 on')
     return int(text)
@@ -332,7 +333,7 @@ def create_parser() -> argparse.ArgumentParser:
                   'cat.jpg --model resnet18', 'photos/ --model output/flowers --json')
     command.add_argument('images', nargs='+', metavar='IMAGE', help='files or folders')
     command.add_argument('--model', default='dresnet18', metavar='MODEL', help='what classifies (%(default)s)')
-    command.add_argument('--top', type=_positive, default=5, metavar='N', help='classes to name (%(default)s)')
+    command.add_argument('--top', type=positive, default=5, metavar='N', help='classes to name (%(default)s)')
 
     command = add('connections', connections_command, 'show the learned connections of a model',
                   'test_dresnet', 'output/digits --out map.png --arcs arcs.png --images photos/')

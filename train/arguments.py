@@ -3,6 +3,7 @@ import argparse
 import difflib
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, List, Optional
 
@@ -10,15 +11,14 @@ import yaml
 from PIL import Image
 from timm.utils import ParseKwargs
 
+from timm_dresnet.cli import positive
+
 _CPUS = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 _INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 
 
-class _Switch(argparse.BooleanOptionalAction):
-    """`--amp`, off unless set, and `--no-amp`, over a recipe that sets it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{'default': False, **kwargs})
+# `--amp`, off unless set, and `--no-amp`, over a recipe that sets it
+_Switch = partial(argparse.BooleanOptionalAction, default=False)
 
 
 class KeyValues(ParseKwargs):
@@ -29,14 +29,6 @@ class KeyValues(ParseKwargs):
             super().__call__(*args, **kwargs)
         except ValueError:
             raise argparse.ArgumentError(self, 'must be KEY=VALUE pairs, such as gate=gauss') from None
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is less than 1')
-    return number
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -248,7 +240,8 @@ def _read_recipe(path: Path, parser: argparse.ArgumentParser) -> List[str]:
             elif actions[key].default:
                 parser.error(f'{path}: {key} needs a value.')
         elif isinstance(value, bool) and actions[key].nargs == 0:
-            argv += [option] if value else [f'--no-{option[2:]}'] if isinstance(actions[key], _Switch) else []
+            off = f'--no-{option[2:]}'
+            argv += [option] if value else [off] if off in actions[key].option_strings else []
         elif isinstance(value, dict):
             argv += [option, *(f'{name}={argument!r}' for name, argument in value.items())]
         elif isinstance(value, list):

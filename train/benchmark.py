@@ -16,7 +16,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import timm
@@ -29,9 +29,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from timm_dresnet.cli import positive
 from timm_dresnet.folding import fold_norms
 
-from .arguments import KeyValues, positive
+from .arguments import KeyValues
 from .build import check_model_name, set_up_process
 from .results import format_head, format_row
 
@@ -47,14 +48,6 @@ _COLUMNS = {  # what is measured: its heading, and how a value and the batch siz
     'step_seconds': ('training step', lambda value, batch: f'{1e3 * value:.1f} ms'),
     'peak_memory': ('peak memory', lambda value, batch: f'{value / 1e6:.1f} MB'),
 }
-
-
-class Pair(NamedTuple):
-    """A model, what it is compared with, and the images for both."""
-    model: str
-    baseline: str
-    img_size: int
-    batch_size: int
 
 
 def count_multiply_adds(model: nn.Module, input_size: Sequence[int]) -> int:
@@ -83,20 +76,6 @@ def prepare_for_inference(model: nn.Module) -> Optional[Tuple[str, nn.Module]]:
     return what, prepared
 
 
-def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes of tensors that a call holds at one time, beside those that exist when it begins."""
-    if device.type == 'cuda':
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == '[memory]']
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
-
-
 class TrainingStep:
     """Forward, cross-entropy, backward, and an SGD update with momentum. There are no gradients before or after.
 
@@ -122,7 +101,19 @@ class TrainingStep:
         self()  # the first step makes the momentum
         held = [*self.model.parameters(), *self.model.buffers(), self.images, self.targets]
         held += [value for state in self.optimizer.state.values() for value in state.values()]
-        return sum(tensor.nbytes for tensor in held) + peak_memory(self, self.images.device)
+        device = self.images.device
+        if device.type == 'cuda':
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self()
+            made = torch.cuda.max_memory_allocated(device) - before
+        else:
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+                self()
+            events = [event for event in profiler.profiler.kineto_results.events() if event.name() == '[memory]']
+            events.sort(key=lambda event: event.start_ns())
+            made = max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+        return sum(tensor.nbytes for tensor in held) + made
 
 
 def time_in_turns(
@@ -151,18 +142,25 @@ def time_in_turns(
     return times
 
 
-def measure(pair: Pair, args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
-    """Measure a pair.
+def measure(
+        model: str,
+        baseline: str,
+        img_size: int,
+        batch_size: int,
+        args: argparse.Namespace,
+        device: torch.device,
+) -> Dict[str, Any]:
+    """Measure a model and what it is compared with.
 
     Returns:
         Size of the ``input``, and for each of the ``variants`` its name and the table's columns, times of every round.
     """
-    size = (3, pair.img_size, pair.img_size)
+    size = (3, img_size, img_size)
     with torch.device('meta'):
-        num_classes = timm.create_model(pair.baseline).num_classes
+        num_classes = timm.create_model(baseline).num_classes
     torch.manual_seed(0)
     models, results = {}, {}
-    for role, name in (('model', pair.model), ('baseline', pair.baseline)):
+    for role, name in (('model', model), ('baseline', baseline)):
         kwargs = args.model_kwargs if role == 'model' else {}
         models[role] = timm.create_model(name, num_classes=num_classes, **kwargs)
         name = ' '.join([name, *(f'{key}={value}' for key, value in kwargs.items())])
@@ -175,7 +173,7 @@ def measure(pair: Pair, args: argparse.Namespace, device: torch.device) -> Dict[
         result['parameters'] = sum(p.numel() for p in models[role].parameters())
         result['multiply_adds'] = count_multiply_adds(models[role], size)
 
-    images = torch.randn(pair.batch_size, *size).to(device, memory_format=torch.channels_last)
+    images = torch.randn(batch_size, *size).to(device, memory_format=torch.channels_last)
     wait = partial(torch.cuda.synchronize, device) if device.type == 'cuda' else lambda: None
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp)
 
@@ -196,12 +194,12 @@ def measure(pair: Pair, args: argparse.Namespace, device: torch.device) -> Dict[
     tasks = {(role, 'image_seconds'): partial(infer, model, images[:1], wait) for role, model in networks.items()}
     tasks |= {(role, 'batch_seconds'): partial(infer, model, images) for role, model in networks.items()}
     tasks |= {(role, 'step_seconds'): step for role, step in steps.items()}
-    for (role, column), seconds in time_in_turns(tasks, args.rounds, wait, f'{pair.model} / {pair.baseline}').items():
+    for (role, column), seconds in time_in_turns(tasks, args.rounds, wait, f'{model} / {baseline}').items():
         results[role][column] = seconds
     if not args.cuda_graphs:  # these keep their memory between steps
         for role, step in steps.items():
             results[role]['peak_memory'] = step.peak_memory()
-    return dict(input=[pair.batch_size, *size], variants=results)
+    return dict(input=[batch_size, *size], variants=results)
 
 
 def table_rows(result: Dict[str, Any]) -> List[List[str]]:
@@ -273,18 +271,18 @@ def main(argv: Optional[List[str]] = None) -> None:
     if bool(args.models) != bool(args.baseline) or args.all and args.models or args.model_kwargs and not args.models:
         parser.error('--models and --baseline need each other, --model-kwargs needs them, and --all excludes them.')
     names = [(model, args.baseline) for model in args.models or ()] or (_ALL if args.all else _PAIRS)
-    pairs = [Pair(*pair, args.img_size, args.batch_size) for pair in names]
+    pairs = [(*pair, args.img_size, args.batch_size) for pair in names]
     if args.all:
-        pairs += [Pair(*pair, 32, 128) for pair in _ALL_CIFAR]
+        pairs += [(*pair, 32, 128) for pair in _ALL_CIFAR]
     try:
         for path in (args.md, args.json):
             if path and not path.parent.is_dir():
                 raise ValueError(f'there is no folder {path.parent} to write {path.name} into.')
-        for pair in pairs:
-            check_model_name(pair.model)
-            check_model_name(pair.baseline)
+        for model, baseline, *_ in pairs:
+            check_model_name(model)
+            check_model_name(baseline)
             with torch.device('meta'):
-                timm.create_model(pair.model, **args.model_kwargs)
+                timm.create_model(model, **args.model_kwargs)
         device = set_up_process(args).device
     except (TypeError, ValueError) as e:
         parser.error(str(e))
@@ -314,7 +312,7 @@ else. Of times, the median over the rounds and, in brackets, the quartiles.
 """)
     write(format_head(['model', 'of', 'input', *(head for head, _ in _COLUMNS.values())]))
     for pair in pairs:
-        report['results'].append(measure(pair, args, device))
+        report['results'].append(measure(*pair, args, device))
         for row in table_rows(report['results'][-1]):
             write(format_row(row))
         if args.json:

@@ -200,9 +200,9 @@ def open_dataset(args: argparse.Namespace, is_training: bool, in_chans: int) -> 
 def _check_folder(data_dir: Optional[str], split: str, is_training: bool) -> None:
     """Refuse a folder without the split, of which timm would take all images: to validate, those of training too."""
     if not data_dir:
+        recipe = 'a recipe (--config train/recipes/digits.yaml), ' if is_training else ''
         raise ValueError(
-            'say which images: by a recipe (--config train/recipes/digits.yaml), a folder (--data-dir DIR), or a data '
-            'set that timm knows (--dataset NAME).')
+            f'say which images: by {recipe}a folder (--data-dir DIR), or a data set that timm knows (--dataset NAME).')
     if not Path(data_dir).exists():
         raise ValueError(f'there is no folder {data_dir}, check --data-dir.')
     splits = sorted(folder.name for folder in Path(data_dir).iterdir() if folder.name in _SPLITS)

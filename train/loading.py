@@ -134,17 +134,12 @@ def create_eval_loader(
     """Loader of the validation split, with size and preprocessing from timm's `resolve_input_data_config`."""
     loader = create_loader(
         dataset,
-        data_config['input_size'],
-        args.validation_batch_size or args.batch_size,
-        interpolation=data_config['interpolation'],
-        crop_pct=data_config['crop_pct'],
-        crop_mode=data_config['crop_mode'],
-        mean=data_config['mean'],
-        std=data_config['std'],
+        batch_size=args.validation_batch_size or args.batch_size,
         num_workers=args.workers,
         pin_memory=_pins_memory(args, process),
         distributed=process.distributed,
         device=process.device,
+        **data_config,
     )
     _guard_workers(loader.loader, args)
     return loader
@@ -166,9 +161,8 @@ def create_train_loader(
     for option, given in (('--train-img-sizes', args.train_img_sizes), ('--aug-repeats', args.aug_repeats)):
         if given and is_stream:
             raise ValueError(f'{option} needs a map-style data set, {args.dataset} is a stream.')
-    interpolation = args.train_interpolation
-    if args.no_aug or not interpolation:
-        interpolation = data_config['interpolation']
+    if args.train_interpolation and not args.no_aug:
+        data_config = dict(data_config, interpolation=args.train_interpolation)
     batch_size = train_batch_size(args, dataset, process)
     loader_kwargs = dict(
         num_workers=args.workers,
@@ -178,8 +172,7 @@ def create_train_loader(
     try:
         loader = create_loader(
             dataset,
-            data_config['input_size'],
-            batch_size,
+            batch_size=batch_size,
             is_training=True,
             no_aug=args.no_aug,
             re_prob=args.reprob,
@@ -192,11 +185,9 @@ def create_train_loader(
             vflip=args.vflip,
             color_jitter=args.color_jitter,
             auto_augment=args.aa,
-            interpolation=interpolation,
-            mean=data_config['mean'],
-            std=data_config['std'],
             device=process.device,
             input_size_choices=args.train_img_sizes,
+            **data_config,
             **loader_kwargs,
         )
     except AssertionError as e:  # timm's, of a policy that it does not know

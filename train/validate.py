@@ -9,10 +9,10 @@ import torch
 from timm.data import resolve_input_data_config
 from timm.utils import setup_default_logging
 
-from timm_dresnet.cli import load
+from timm_dresnet.cli import load, positive
 from timm_dresnet.images import label_names
 
-from .arguments import add_data_arguments, add_device_arguments, positive
+from .arguments import add_data_arguments, add_device_arguments
 from .build import Process, set_up_process
 from .datasets import BadImageError, check_classes, count_bad_images, open_dataset
 from .engine import validate
