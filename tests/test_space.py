@@ -7,8 +7,7 @@ import timm
 import torch
 from PIL import Image
 
-pytest.importorskip('gradio')
-from hub.space import app  # noqa: E402
+from hub.space import app
 
 
 @pytest.fixture(scope='module')
