@@ -172,8 +172,12 @@ def main(argv: Optional[List[str]] = None) -> None:
     try:
         if args.zoo:
             zoo = yaml.safe_load(args.zoo.read_text())
-            uploads = [
-                Upload(ZOO / tag, f'{args.namespace}/{tag}', model=tag, **facts or {}) for tag, facts in zoo.items()]
+            try:
+                uploads = [
+                    Upload(ZOO / tag, f'{args.namespace}/{tag}', model=tag, **facts or {})
+                    for tag, facts in zoo.items()]
+            except (AttributeError, TypeError) as e:
+                raise ValueError(f'it does not list models as hub/zoo.yaml does ({e}).') from e
         else:
             uploads = [Upload(args.folder, args.repo_id, license=args.license, dataset_id=args.dataset_id)]
         for upload in uploads:

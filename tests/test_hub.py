@@ -268,6 +268,13 @@ def test_dry_run_and_wrong_command_lines(hub, push, capsys):
     push(repo_id='model', error="'model' is not a repository")
 
 
+@pytest.mark.parametrize('text', ['- test_dresnet.c10', 'test_dresnet.c10: 1', 'test_dresnet.c10: {licence: mit}'])
+def test_zoo_of_another_form(text, tmp_path):
+    (tmp_path / 'zoo.yaml').write_text(text)
+    with pytest.raises(SystemExit, match='zoo.yaml: it does not list models as'):
+        main(['--zoo', str(tmp_path / 'zoo.yaml'), '--namespace', 'alice', '--dry-run'])
+
+
 def test_zoo(alice):
     """Every model of the package, as its record says."""
     main(['--zoo', str(cards.ZOO.with_suffix('.yaml')), '--namespace', 'alice'])

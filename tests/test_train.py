@@ -197,9 +197,10 @@ def test_the_newest_whole_checkpoint(digits_folder, tmp_path):
 
 
 def test_checkpoint_of_another_run(digits_folder, tmp_path):
-    (tmp_path / 'digits').mkdir()
-    (tmp_path / 'digits/args.yaml').touch()  # as an editor may leave it
-    folder = train(tmp_path, '--model', 'test_dresnet', '--epochs', 1).with_name('digits-1')
+    for name, text in ('digits', ''), ('digits-1', '- a'), ('digits-2', 'a: [1'):  # as an editor may leave it
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'args.yaml').write_text(text)
+    folder = train(tmp_path, '--model', 'test_dresnet', '--epochs', 1).with_name('digits-3')
     (folder / 'model.safetensors').unlink()
     (folder / 'last.pth.tar').write_bytes((digits_folder / 'last.pth.tar').read_bytes())
     with pytest.raises(SystemExit, match='pth.tar does not fit this run') as error:

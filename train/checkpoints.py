@@ -46,7 +46,11 @@ def find_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
         if not folder.exists():
             return folder
         args = folder / 'args.yaml'
-        if args.is_file() and _binding(yaml.safe_load(args.read_text()) or {}) == wanted:
+        try:
+            found = yaml.safe_load(args.read_text()) if args.is_file() else None
+        except (UnicodeDecodeError, yaml.YAMLError):
+            continue
+        if isinstance(found, dict) and _binding(found) == wanted:
             return folder
 
 
