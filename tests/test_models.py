@@ -319,6 +319,23 @@ def test_without_shortcuts_there_are_branches(name, kwargs):
         assert {name: (p == 0).all() for name, p in model.named_parameters() if '.bn' in name} == before
 
 
+@pytest.mark.parametrize('name,kwargs', [
+    ('dresnet18', {}), ('dresnet18_gauss', {}), ('dresnet18', dict(gate='linear')),
+    ('adaresnet18', dict(skip_init=0.5, skip_weight='shared')),
+], ids=str)
+def test_what_is_learned_begins_anew(name, kwargs):
+    """As programs do it that train a network once more, or fill one that was made without memory."""
+    expected = create(name, **kwargs).state_dict()
+    model = timm.create_model(name, device='meta', **kwargs).to_empty(device='cpu')
+    for module in model.modules():
+        if hasattr(module, 'reset_parameters'):
+            module.reset_parameters()
+    state = model.state_dict()
+    learned = [key for key in state if '.gates.' in key or key.endswith('.alpha')]
+    assert learned and all(torch.equal(state[key], expected[key]) for key in learned)
+    assert all(value.isfinite().all() for value in state.values())
+
+
 def test_connections_at_full_width():
     """Also where the default is a number: `timm.create_model` drops arguments that are None."""
     full = timm.create_model('dresnet56_cifar', connection_rank=0, device='meta').state_dict()

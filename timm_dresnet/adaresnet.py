@@ -25,7 +25,12 @@ class SkipWeight(nn.Module):
 
     def __init__(self, init: float = 0., device=None, dtype=None) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.full((1,), float(init), device=device, dtype=dtype))
+        self.init = init
+        self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.alpha, self.init)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -10,7 +10,12 @@ class SigmoidGate(nn.Module):
 
     def __init__(self, size: int, init: float = 0.5, **dd) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((size,), math.log(init / (1. - init)), **dd))
+        self.init = init
+        self.weight = nn.Parameter(torch.empty(size, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, math.log(self.init / (1. - self.init)))
 
     def forward(self) -> torch.Tensor:
         return torch.special.expit(self.weight)  # as quantization by torch.fx would round the result of a sigmoid
@@ -21,8 +26,14 @@ class GaussGate(nn.Module):
 
     def __init__(self, size: int, init: float = 0.5, sharpness: float = 10., **dd) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((size,), math.sqrt(-math.log(init) / sharpness), **dd))
-        self.log_sharpness = nn.Parameter(torch.full((1,), math.log(sharpness), **dd))  # its author drew it with k = 10
+        self.init, self.sharpness = init, sharpness  # its author drew it with k = 10
+        self.weight = nn.Parameter(torch.empty(size, **dd))
+        self.log_sharpness = nn.Parameter(torch.empty(1, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, math.sqrt(-math.log(self.init) / self.sharpness))
+        nn.init.constant_(self.log_sharpness, math.log(self.sharpness))
 
     def forward(self) -> torch.Tensor:
         return torch.exp(-self.log_sharpness.exp() * self.weight.square())
@@ -33,8 +44,13 @@ class LinearGate(nn.Module):
 
     def __init__(self, size: int, init: float = 0.5, **dd) -> None:
         super().__init__()
+        self.init = init
         # another name than that of weights which mean something else, so that those do not load here
-        self.linear_weight = nn.Parameter(torch.full((size,), float(init), **dd))
+        self.linear_weight = nn.Parameter(torch.empty(size, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.linear_weight, self.init)
 
     @property
     def weight(self) -> torch.Tensor:
