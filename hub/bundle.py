@@ -20,7 +20,7 @@ WEIGHTS = Path(__file__).parents[1] / 'timm_dresnet/weights'
 
 
 def bundle(folder: Path, tag: str) -> Run:
-    """Write weights into the package and their size and hash into its manifest, and copy the run's files to `hub/zoo`.
+    """Write weights into the package and their hash into its manifest, and copy the run's files to `hub/zoo`.
 
     Raises:
         ValueError: If the folder holds no such model, or one that its name alone does not make (pruned, fused), or a
@@ -49,7 +49,7 @@ def bundle(folder: Path, tag: str) -> Run:
     data = save(weights)
     manifest = WEIGHTS / 'manifest.json'
     entries = json.loads(manifest.read_text())
-    entries[f'{tag}.safetensors'] = {'size': len(data), 'sha256': hashlib.sha256(data).hexdigest()}
+    entries[f'{tag}.safetensors'] = {'sha256': hashlib.sha256(data).hexdigest()}
     with atomic_folder(WEIGHTS) as new:
         (new / f'{tag}.safetensors').write_bytes(data)
         (new / manifest.name).write_text(json.dumps(entries, indent=2, sort_keys=True) + '\n')

@@ -109,6 +109,7 @@ def state_of(model):
     ('test_dresnet', {}), ('test_adaresnet', {}), ('test_adaresnet', dict(skip_weight='shared'))], ids=str)
 def test_measuring_leaves_no_trace(name, kwargs, measure):
     model = timm.create_model(name, **kwargs).train()
+    model.set_grad_checkpointing()
     parameters = list(model.parameters())
     model.layer2.eval()
     model.conv1.weight.requires_grad_(False)

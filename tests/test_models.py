@@ -218,6 +218,7 @@ def test_arguments_of_resnet(kwargs):
     ('adaresnet18', dict(skip_init=0., zero_init_last=True), ['zero_init_last', 'skip_init']),
     ('adaresnet', dict(grown_from='resnet18', skip_init=0., zero_init_last=True), ['zero_init_last', 'skip_init']),
     ('dresnet', dict(grown_from='resnet999'), ['grown_from', 'resnet999', 'grow(model)']),
+    ('adaresnet18d', dict(stem_type='cifar'), ['stem_type', 'resnet18d']),
     ('plainnet18', dict(zero_init_last=True), ['zero_init_last']),
     ('plainnet18', dict(drop_path_rate=0.1), ['drop_path_rate']),
 ])

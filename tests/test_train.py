@@ -221,6 +221,10 @@ def test_checkpoint_of_timm(tmp_path):
     config = timm.data.resolve_model_data_config(loaded, use_test_size=True)
     assert (config['input_size'], config['crop_pct'], len(config['mean'])) == ((1, 64, 64), 0.9, 1)
     assert loaded.pretrained_cfg.get('tag') is None
+    model = timm.create_model('dresnet18', num_classes=5)  # not from the packaged weights, which are for 64x64
+    args = argparse.Namespace(model='dresnet18', num_classes=5, pretrained=True, pretrained_path='weights.pth')
+    torch.save(dict(state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
+    assert load_checkpoint(tmp_path / 'last.pth.tar').pretrained_cfg['input_size'] == (3, 224, 224)
 
 
 def test_loss_that_is_not_finite(tmp_path):

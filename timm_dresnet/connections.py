@@ -147,10 +147,7 @@ class Connections(nn.Module):
             source_chs: Output channels of the blocks 1, 2, ...
             sources: For each target, the numbers of the blocks that it takes from.
             out_chs: Channels of the stage's output.
-            gate: Gate function, a key of `GATES`.
-            gate_init: Gate value to start from. None is 0.5 / n for the n gates of a target.
-            rank: Number of channels in which the connections into a block are summed, before a 1x1 convolution
-                expands the sum to ``out_chs``. None or 0 sums them in ``out_chs`` channels.
+            gate, gate_init, rank, norm_layer: As for `DResNet`, where the rank is ``connection_rank``.
         """
         super().__init__()
         self.sum_chs = rank or out_chs

@@ -77,7 +77,8 @@ def load_checkpoint(path: Path) -> nn.Module:
                              'timm.create_model(NAME, checkpoint_path=FILE).')
         args, state = vars(checkpoint['args']), checkpoint.get('task_state', {})
         name = args['model']
-        if args.get('pretrained') and (cfg := get_pretrained_cfg(name)):  # whose classes the model may have
+        registered = args.get('pretrained') and not args.get('pretrained_path')
+        if registered and (cfg := get_pretrained_cfg(name)):  # whose classes the model may have
             name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else name
         model = timm.create_model(
             name,

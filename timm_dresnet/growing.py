@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, Dict, List, Sequence
 
 import torch.nn as nn
-from timm.layers import GroupNorm1
+from timm.layers import GroupNorm1, get_device_dtype
 from timm.layers.norm_act import FrozenBatchNorm2d
 from timm.models import create_model, generate_default_cfgs, get_pretrained_cfg, is_model, register_model, resnet
 from timm.models._input import update_model_args
@@ -73,11 +73,6 @@ def _adopt(model: nn.Module, family: Any) -> Any:
     return model
 
 
-def _device_and_dtype(model: nn.Module) -> Dict[str, Any]:
-    parameter = next(model.parameters())
-    return dict(device=parameter.device, dtype=parameter.dtype)
-
-
 def _grow_dresnet(
         model: nn.Module,
         gate: str = 'linear',
@@ -95,7 +90,7 @@ def _grow_dresnet(
     norm_layer = nn.BatchNorm2d if isinstance(grown.bn1, (_BatchNorm, FrozenBatchNorm2d)) else GroupNorm1
     grown.add_connections(
         gate, gate_init, connection_rank, connected_stages, norm_layer=norm_layer, **kwargs,
-        **_device_and_dtype(grown))
+        **get_device_dtype(grown))
     # what is saved loads with these, whatever the defaults are then
     update_model_args(grown, gate=gate, connection_rank=connection_rank, connected_stages=connected_stages)
     return grown
@@ -111,7 +106,7 @@ def _grow_adaresnet(model: nn.Module, **kwargs: Any) -> AdaResNet:
                 raise ValueError(
                     f"skip weights grow into timm's BasicBlock and Bottleneck, not into a {type(block).__name__}.")
             block.__class__ = families[type(block)]
-    grown.add_skip_weights(**kwargs, **_device_and_dtype(grown))
+    grown.add_skip_weights(**kwargs, **get_device_dtype(grown))
     return grown
 
 
@@ -151,7 +146,10 @@ def _build(kind: str, grown_from: str, **kwargs: Any) -> ResNet:
     own = {name: kwargs.pop(name) for name in names if name in kwargs}
     if 'skip_init' in own:
         kwargs['zero_init_last'] = choose_zero_init_last(own['skip_init'], kwargs.get('zero_init_last'))
-    return _GROW[kind](create_model(grown_from, **kwargs), **own)
+    model = create_model(grown_from, **kwargs)
+    if kwargs.get('stem_type') == 'cifar' and not isinstance(model, ResNet):  # timm takes it for its usual stem
+        raise ValueError(f"stem_type='cifar' is one of this package's own networks, {grown_from} has none of it.")
+    return _GROW[kind](model, **own)
 
 
 def _create_grown(kind: str, variant: str, grown_from: str, pretrained: bool, pretrained_cfg: Any, **kwargs) -> ResNet:
@@ -161,7 +159,8 @@ def _create_grown(kind: str, variant: str, grown_from: str, pretrained: bool, pr
     if variant == kind and not pretrained_cfg:  # which has no weights of its own in the registry
         pretrained_cfg = get_pretrained_cfg(grown_from)
         if pretrained_cfg:
-            pretrained_cfg = dataclasses.replace(pretrained_cfg, architecture=variant)
+            unset = () if pretrained else ('file', 'hf_hub_id', 'license', 'origin_url', 'tag')
+            pretrained_cfg = dataclasses.replace(pretrained_cfg, architecture=variant, **dict.fromkeys(unset))
     if kind == 'dresnet':
         refuse_feature_cls(kwargs.get('feature_cls'))
     # the other ways to make a feature extractor do not take None for the features of all stages

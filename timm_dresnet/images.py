@@ -53,7 +53,10 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
 
     Of floating point, images in the range from 0 to 1 are scaled.
     """
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever damaged tags make PIL raise, which reads the image without them
+        orientation = None
     if orientation in _UPRIGHT:  # ImageOps.exif_transpose fails where it cannot write the other EXIF tags again
         image = image.transpose(_UPRIGHT[orientation])
     if image.mode.startswith('I;16') or image.mode == 'I' and np.asarray(image).max() > 255:

@@ -35,7 +35,7 @@ def blocks(model: nn.Module) -> List[Tuple[str, nn.Module]]:
 
 
 def _compare(part: torch.Tensor, whole: torch.Tensor) -> Dict[str, float]:
-    part, whole = part.double(), whole.double()
+    part, whole = part.cpu().double(), whole.cpu().double()  # a Mac's GPU has no float64
     square = whole.square().sum().clamp_min(torch.finfo(whole.dtype).tiny)
     return dict(effect=(part.square().sum() / square).sqrt().item(), share=((part * whole).sum() / square).item())
 
@@ -175,6 +175,8 @@ def signal_propagation(
     def forward(x: torch.Tensor) -> torch.Tensor:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with torch.compiler.set_stance('force_eager'), ExitStack() as stack:
+            stack.callback(setattr, model, 'grad_checkpointing', model.grad_checkpointing)
+            model.grad_checkpointing = False  # blocks that run again would change the model's buffers
             for module in model.modules():  # functional_call loses parameters that several modules share
                 stack.callback(module._parameters.update, dict(module._parameters))
             return functional_call(model, {**weights, **buffers}, x).flatten(1)

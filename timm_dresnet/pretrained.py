@@ -42,20 +42,17 @@ def packaged_classes(data_set: str) -> Dict[str, Any]:
 
 
 def _load_packaged(name: str) -> Dict[str, torch.Tensor]:
-    """Load a file of this package, and check its size and SHA-256."""
+    """Load a file of this package, and check its SHA-256."""
     remedy = 'Install timm-dresnet again: pip install --force-reinstall --no-deps timm-dresnet'
     path = _FOLDER / name
     try:
-        entry = json.loads((_FOLDER / 'manifest.json').read_bytes())[name]
-        size, digest = entry['size'], entry['sha256']
+        digest = json.loads((_FOLDER / 'manifest.json').read_bytes())[name]['sha256']
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise RuntimeError(f'{_FOLDER / "manifest.json"} is missing or damaged ({type(e).__name__}). {remedy}') from e
     try:
         data = path.read_bytes()
     except OSError as e:
         raise RuntimeError(f'{path} cannot be read ({e.strerror or type(e).__name__}). {remedy}') from e
-    if len(data) != size:
-        raise RuntimeError(f'{path} is damaged: it has {len(data):,} bytes and not {size:,}. {remedy}')
     if hashlib.sha256(data).hexdigest() != digest:
         raise RuntimeError(f'{path} is damaged: its SHA-256 is not the one in the manifest. {remedy}')
     # in full precision, in which timm adapts weights to other numbers of channels

@@ -13,7 +13,7 @@ def _keep_rows(module: nn.Module, kept: Sequence[int], size: int) -> None:
     """Keep some of the parts of `size` entries that parameters and statistics of a module have side by side."""
     for part in module.modules():
         for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
-            if tensor.ndim:
+            if tensor.numel() > 1:  # neither a count of batches nor what all parts share
                 rows = tensor.detach().unflatten(0, (-1, size))[kept].flatten(0, 1)
                 is_parameter = isinstance(tensor, nn.Parameter)
                 setattr(part, name, nn.Parameter(rows, tensor.requires_grad) if is_parameter else rows)
@@ -28,10 +28,7 @@ def remove_connections(connections: Connections, pairs: Iterable[Tuple[int, int]
         for i in [i for i in modules if int(i) not in connections.sources]:
             del modules[i]
     for i, gate in connections.gates.items():
-        kept = [before[int(i)].index(k) for k in connections.sources[int(i)]]
-        for name, weight in list(gate.named_parameters()):
-            if name.endswith('weight'):
-                setattr(gate, name, nn.Parameter(weight.detach()[kept], weight.requires_grad))
+        _keep_rows(gate, [before[int(i)].index(k) for k in connections.sources[int(i)]], 1)
     for k, projection in list(connections.projections.items()):
         targets = connections.targets.get(int(k), ())
         if not targets:

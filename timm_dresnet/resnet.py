@@ -9,7 +9,6 @@ from typing import Any, Dict, List, Optional, Tuple, Type, Union
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerType
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model, resnet
 from timm.models._features import feature_take_indices
 
@@ -66,7 +65,6 @@ class ResNet(resnet.ResNet):
             output_stride: int = 32,
             stem_type: str = '',
             channels: Tuple[int, ...] = (64, 128, 256, 512),
-            norm_layer: LayerType = nn.BatchNorm2d,
             device=None,
             dtype=None,
             **kwargs,
@@ -80,7 +78,6 @@ class ResNet(resnet.ResNet):
                 32, the default, changes nothing.
             stem_type: One of timm's stems, or 'cifar': one 3x3 convolution of stride 1 and no max-pooling.
             channels: Number of channels in each stage, before the block's expansion.
-            norm_layer: Normalization layer.
             **kwargs: All other arguments of timm's ResNet.
 
         Raises:
@@ -114,7 +111,6 @@ class ResNet(resnet.ResNet):
             in_chans=in_chans,
             output_stride=timm_strides[output_stride],
             channels=channels,
-            norm_layer=norm_layer,
             device=device,
             dtype=dtype,
             **dict(kwargs, **stem_args),
@@ -188,22 +184,7 @@ class ResNet(resnet.ResNet):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Forward features that returns intermediates.
-
-        Args:
-            x: Input image tensor.
-            indices: Take last n blocks if int, all if None, select matching indices if sequence.
-            norm: Not used, there is no norm after the last block.
-            stop_early: Stop iterating over blocks when last desired intermediate hit.
-            output_fmt: Shape of intermediate feature outputs, NCHW only.
-            intermediates_only: Only return intermediate features.
-
-        Returns:
-            Features and list of intermediate features, or just intermediate features.
-
-        Raises:
-            ValueError: If ``output_fmt`` is not NCHW.
-        """
+        """As timm's, for three or four stages, with what `forward_context` makes for them."""
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
         take_indices, max_index = feature_take_indices(len(self.stage_names) + 1, indices)
@@ -233,16 +214,7 @@ class ResNet(resnet.ResNet):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
-        """Prune layers not required for specified intermediates.
-
-        Args:
-            indices: Indices of intermediate layers to keep.
-            prune_norm: Not used, there is no norm after the last block.
-            prune_head: Whether to prune the classifier head.
-
-        Returns:
-            Indices that were kept.
-        """
+        """As timm's, for three or four stages."""
         take_indices, max_index = feature_take_indices(len(self.stage_names) + 1, indices)
         pruned, self.stage_names = self.stage_names[max_index:], self.stage_names[:max_index]
         for name in pruned:
