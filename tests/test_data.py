@@ -101,6 +101,8 @@ def test_missing_split(image_folder, tmp_path):
     with pytest.raises(ValueError, match='no folder validation.* train.*--val-split') as error:
         open_dataset(arguments('--data-dir', tmp_path), False, 3)
     assert str(tmp_path) in str(error.value)
+    with pytest.raises(ValueError, match='only train'):
+        open_dataset(arguments('--data-dir', tmp_path, '--val-split', ''), False, 3)
     assert len(open_dataset(arguments('--data-dir', image_folder / 'validation'), False, 3)) == 60  # classes alone
 
 
@@ -276,6 +278,7 @@ def test_folders_without_images(tmp_path):
 
 @pytest.mark.parametrize('args,words', [
     (['--data-dir', '/no/such/folder'], ['/no/such/folder']),
+    (['--data-dir', 'x', '--dataset', 'ImageFolder'], ['no folder x']),
     (['--dataset', 'torch/nothing', '--data-dir', '.'], ['torch/nothing']),
     (['--dataset', 'digits', '--mixup', 1, '--batch-size', 31], ['even', '31']),
     (['--dataset', 'digits', '--input-img-mode', 'RGBA'], ['3 channels', 'RGBA', '--in-chans']),

@@ -61,6 +61,8 @@ def test_damaged_safetensors(folder, damage):
     with pytest.raises(ValueError, match='model.safetensors is damaged') as error:
         load_folder(folder)
     assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(SystemExit, match='error: .*model.safetensors: '):
+        train.__main__.main(['--model', 'test_dresnet', '--initial-checkpoint', str(file), '--dataset', 'digits'])
 
 
 @pytest.mark.parametrize('name,change,message', [

@@ -241,6 +241,7 @@ def test_loss_that_is_not_finite(tmp_path):
 
 @pytest.mark.parametrize('args,words', [
     (['--model', 'dresnet20_cifra'], ["'dresnet20_cifra'", 'dresnet20_cifar']),
+    (['--model', 'dresnet20_cifar.c100'], ["'dresnet20_cifar.c100'", 'Invalid pretrained tag']),
     (['--model-kwargs', 'gat=gauss'], ['dresnet20_cifar', 'gat']),
     (['--pretrained', '--model', 'dresnet56_cifar'], ['--pretrained', 'dresnet56_cifar']),
     (['--config', '/no/such/recipe.yaml'], ['/no/such/recipe.yaml', 'No such file']),
@@ -256,6 +257,7 @@ def test_loss_that_is_not_finite(tmp_path):
     (['--device', 'cpu', '--sync-bn'], ['--sync-bn needs CUDA']),
     (['--smoothing', '1'], ['--smoothing must be']),
     (['--pretrained-path', __file__], ['test_train.py', 'weights_only']),
+    (['--dataset', 'torch/cifar10'], ['--dataset torch/cifar10 --data-dir None']),
     (['--initial-checkpoint', packaged_file('dresnet20_cifar.c10'), '--num-classes', '12', '--in-chans', '3'],
      ['dresnet20_cifar.c10', 'size mismatch for fc.weight']),
     (['--model-kwargs', 'inference_mode=True'], ['dresnet20_cifar', 'fused']),

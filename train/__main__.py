@@ -19,7 +19,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     try:
         run(args)
     except Stopped as e:
-        sys.exit(128 + e.number)
+        sys.exit(128 + e.args[0])
     except KeyboardInterrupt:  # before the first epoch, or after the last
         sys.exit(128 + signal.SIGINT)
     except (OSError, ValueError, BadImageError, RunError) as e:

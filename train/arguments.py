@@ -31,8 +31,8 @@ class KeyValues(ParseKwargs):
             raise argparse.ArgumentError(self, 'must be KEY=VALUE pairs, such as gate=gauss') from None
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `python -m train` and `python -m train.validate` both ask about images."""
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `python -m train` and `python -m train.validate` both ask, about images and the device."""
     group = parser.add_argument_group('data')
     group.add_argument('--data-dir', metavar='DIR', help='folder of the data set')
     group.add_argument('--dataset', default='', metavar='NAME',
@@ -56,9 +56,6 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--bad-images', default='stop', choices=('stop', 'skip'),
                        help='what to do when an image cannot be read; skipped ones are counted')
 
-
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """What both ask about the device."""
     group = parser.add_argument_group('device')
     group.add_argument('--device', metavar='NAME', help='device to run on (a GPU if there is one, if not set)')
     group.add_argument('--channels-last', action=_Switch, help='channels-last memory layout')
@@ -76,7 +73,7 @@ def create_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML recipe; the command line overrides it')
 
-    add_data_arguments(parser)
+    add_common_arguments(parser)
 
     group = parser.add_argument_group('training data')
     group.add_argument('--train-split', default='train', metavar='NAME', help='split to train on')
@@ -180,8 +177,6 @@ def create_parser() -> argparse.ArgumentParser:
                             'at 0 an epoch has one size')
     group.add_argument('--train-size-random-mix', type=float, default=0.1, metavar='X',
                        help='fraction of batches for which it draws evenly')
-
-    add_device_arguments(parser)
 
     group = parser.add_argument_group('speed')
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')

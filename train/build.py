@@ -7,6 +7,7 @@ from typing import Any, Dict, Optional
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
 from timm.task import ClassificationTask
@@ -58,11 +59,17 @@ def computes_bfloat16() -> bool:
 
 
 def check_model_name(name: str) -> None:
-    """Raise a ValueError if timm knows no model of this name."""
-    if ':' not in name and not timm.is_model(name):
+    """Raise a ValueError if timm knows no model of this name and tag."""
+    if ':' in name:
+        return
+    if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models())
         hint = f', did you mean {" or ".join(near)}?' if near else '.'
         raise ValueError(f'There is no model {name!r}{hint}')
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as e:
+        raise ValueError(f'There is no model {name!r}: {e}') from e
 
 
 def create_model(args: argparse.Namespace) -> torch.nn.Module:
@@ -88,7 +95,7 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
         )
     except (AssertionError, TypeError) as e:  # of timm's layers
         raise ValueError(f'{args.model} does not take these arguments: {e}') from e
-    except (OSError, RuntimeError) as e:
+    except (EOFError, OSError, RuntimeError, SafetensorError) as e:
         source = args.initial_checkpoint or args.pretrained_path or (args.pretrained and '--pretrained')
         if not source:
             raise

@@ -61,15 +61,6 @@ def _slug(model: str) -> str:
     return re.sub(r'\W+', '-', model.lower()).strip('-')
 
 
-def run(command: List[str]) -> None:
-    """Run a training to its end; a signal that asks this process to end is handed on."""
-    process = subprocess.Popen(command)
-    with handle_signals(process.send_signal):
-        status = process.wait()
-    if status:
-        sys.exit(status)
-
-
 def summarize(name: str, folders: List[Path]) -> Dict[str, Any]:
     """A model's line of the table, over the seeds whose runs are finished."""
     histories = [read_csv(folder / 'summary.csv') for folder in folders]
@@ -257,7 +248,10 @@ def main(argv: Optional[List[str]] = None) -> None:
                 path = folder / f'{experiment}.yaml'
                 path.write_text(yaml.safe_dump({**recipe, 'seed': seed}))
                 command = [sys.executable, '-m', 'train', *others, '--config', str(path)]
-                run([*command, '--output', str(folder), '--experiment', experiment])
+                process = subprocess.Popen([*command, '--output', str(folder), '--experiment', experiment])
+                with handle_signals(process.send_signal):  # those that ask this process to end are handed on
+                    if status := process.wait():
+                        sys.exit(status)
                 if not is_finished(folder / experiment):
                     sys.exit(f'python -m train.compare: error: {folder / experiment} is of another version of this '
                              'program: remove it, or name another --output.')

@@ -3,7 +3,6 @@ import argparse
 import logging
 import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, List, Optional, Sequence, Tuple
@@ -16,7 +15,7 @@ from timm.data import create_dataset, set_img_extensions
 from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_split
 from timm.utils import natural_key
 from torch.utils.data import Dataset, IterableDataset
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from timm_dresnet.images import SUFFIXES, convert_image
 
@@ -96,11 +95,8 @@ class Images(Dataset):
         return len(self.dataset)
 
     def _name(self, index: int) -> str:
-        if hasattr(self.dataset, 'filename'):
-            name = self.dataset.filename(index, absolute=True)
-        else:
-            name = getattr(self.dataset, 'samples', {index: [None]})[index][0]  # torchvision's ImageFolder
-        return name or f'image {index} of {type(self.dataset).__name__}'
+        samples = getattr(getattr(self.dataset, 'reader', self.dataset), 'samples', None)  # of folders
+        return samples[index][0] if samples else f'image {index} of {type(self.dataset).__name__}'
 
     def _read(self, index: int) -> Optional[Tuple[Image.Image, Any]]:
         # ImageDataset.__getitem__ would log an unreadable image and return another
@@ -125,10 +121,8 @@ class Images(Dataset):
             image, target = self._read(index) or (Image.new(self.mode, (0, 0)), None)
             return np.frombuffer(image.tobytes(), np.uint8), image.size, target
 
-        with ThreadPoolExecutor() as pool:
-            decoded = pool.map(decode, range(len(self)))
-            decoded = tqdm(decoded, 'decode', len(self), unit='image', leave=False, disable=None)
-            pixels, self.sizes, self.targets = zip(*decoded)
+        decoded = thread_map(decode, range(len(self)), desc='decode', unit='image', leave=False, disable=None)
+        pixels, self.sizes, self.targets = zip(*decoded)
         self.starts = np.cumsum([0, *(array.size for array in pixels)])
         # one tensor in shared memory: worker processes neither copy it nor decode again
         self.decoded = torch.empty(int(self.starts[-1]), dtype=torch.uint8).share_memory_()
@@ -161,7 +155,8 @@ def open_dataset(args: argparse.Namespace, is_training: bool, in_chans: int) -> 
     if not mode or Image.getmodebands(mode) != in_chans:
         raise ValueError(f'the model takes {in_chans} channels, and images have {mode or ", ".join(_MODES.values())}: '
                          'see --in-chans and --input-img-mode.')
-    if not args.dataset:
+    is_folder = '/' not in (args.dataset or '') and args.dataset != 'digits'  # as timm has it
+    if is_folder:
         _check_folder(args.data_dir, split, is_training)
         set_img_extensions(sorted(SUFFIXES))
     if args.dataset == 'digits':
@@ -182,13 +177,13 @@ def open_dataset(args: argparse.Namespace, is_training: bool, in_chans: int) -> 
                 input_key=args.input_key,
                 target_key=args.target_key,
             )
-        except (AssertionError, ImportError, RuntimeError) as e:
+        except (AssertionError, ImportError, RuntimeError, TypeError) as e:
             raise ValueError(f'--dataset {args.dataset} --data-dir {args.data_dir}: {e}') from e
     if isinstance(dataset, IterableDataset):
         if args.in_memory:
             raise ValueError(f'--in-memory needs a map-style data set, {args.dataset} is a stream.')
         return dataset
-    if not args.dataset:
+    if is_folder:
         _name_unread(dataset.reader.root)
         if not args.class_map:
             _order_classes(dataset.reader)
@@ -206,7 +201,7 @@ def _check_folder(data_dir: Optional[str], split: str, is_training: bool) -> Non
     if not Path(data_dir).exists():
         raise ValueError(f'there is no folder {data_dir}, check --data-dir.')
     splits = sorted(folder.name for folder in Path(data_dir).iterdir() if folder.name in _SPLITS)
-    if _search_split(data_dir, split) == data_dir and (is_training or splits):
+    if Path(_search_split(data_dir, split)) == Path(data_dir) and (is_training or splits):
         raise ValueError(
             f'{data_dir} has no folder {split}{", only " + " and ".join(splits) if splits else ""}: '
             f'put the images there, or name another by {"--train-split" if is_training else "--val-split"}.')

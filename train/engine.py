@@ -27,11 +27,7 @@ _logger = logging.getLogger('train')
 
 
 class Stopped(Exception):
-    """A signal has asked the run to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f'stopped by signal {number}')
-        self.number = number
+    """A signal, of this number, has asked the run to end."""
 
 
 @contextmanager

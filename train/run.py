@@ -6,7 +6,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-import timm
 import torch
 import torch.distributed as dist
 from timm.data import resolve_input_data_config
@@ -19,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 import timm_dresnet
+from timm_dresnet.folders import load_folder
 
 from .build import Process, computes_bfloat16, create_model, create_optimizer, create_task, set_up_process
 from .checkpoints import Checkpoints, find_folder, is_finished, lock_folder, newest, open_folder
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         with _named_checkpoint(folder, process), lock_folder(folder) if process.primary else nullcontext():
             train(built, folder)
     with _named_checkpoint(folder, process):
-        model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+        model = load_folder(folder)
         measured = measure(model, resolve_input_data_config(model, vars(args)), args, process)
     if process.primary:
         print(f"timm.create_model('local-dir:{folder}', pretrained=True) has a top-1 accuracy of "

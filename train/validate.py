@@ -12,7 +12,7 @@ from timm.utils import setup_default_logging
 from timm_dresnet.cli import load, positive
 from timm_dresnet.images import label_names
 
-from .arguments import add_data_arguments, add_device_arguments
+from .arguments import add_common_arguments
 from .build import Process, set_up_process
 from .datasets import BadImageError, check_classes, count_bad_images, open_dataset
 from .engine import validate
@@ -53,8 +53,7 @@ def main(argv: Optional[List[str]] = None) -> None:
                         help="image sizes (the model's if not set)")
     parser.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='images in a batch')
     parser.add_argument('--csv', type=Path, metavar='FILE', help='write what is measured to a file as well')
-    add_data_arguments(parser)
-    add_device_arguments(parser)
+    add_common_arguments(parser)
     parser.set_defaults(deterministic=False, seed=0, validation_batch_size=None)
     args = parser.parse_args(argv)
 
