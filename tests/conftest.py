@@ -20,15 +20,6 @@ HOME = tempfile.TemporaryDirectory(prefix='hf-home-')
 os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HOME.name, HF_HUB_DISABLE_XET='1')
 os.environ.pop('HF_TOKEN', None)
 
-DEVICE = os.environ.get('TEST_DEVICE', 'cuda')  # of the tests marked cuda
-
-
-def pytest_runtest_setup(item):
-    if item.get_closest_marker('cuda') and DEVICE == 'cuda':
-        import torch  # not before OMP_NUM_THREADS is set
-        if not torch.cuda.is_available():
-            pytest.skip('PyTorch finds no GPU')
-
 
 def rows(path):
     """The rows of a CSV file, as dictionaries."""

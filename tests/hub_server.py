@@ -36,7 +36,6 @@ class Fault:
     """What goes wrong with requests whose method and path match."""
     request: str  # a pattern such as 'POST */commit/*'
     status: int = 0  # to answer with; 0 cuts the connection
-    message: str = 'injected'
     times: int = 1
     after: bool = False  # the request has its effect before the connection is cut
     corrupt: bool = False  # the last byte of the file is another
@@ -110,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.cut()
         try:
             if fault.status not in (0, 200):
-                raise Refused(fault.status, fault.message)
+                raise Refused(fault.status, 'injected')
             method, match = next(
                 (method, match) for route, method in self.routes.items() if (match := re.fullmatch(route, request)))
             if self.command == 'POST' and self.headers.get('Authorization') != f'Bearer {TOKEN}':

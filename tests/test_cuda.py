@@ -3,6 +3,7 @@
 `pytest -m cuda -n 0 tests/test_cuda.py`; with TEST_DEVICE=cpu before it, what can be tried without a GPU is.
 """
 import copy
+import os
 import warnings
 from functools import partial
 from unittest.mock import Mock
@@ -17,7 +18,7 @@ from timm.utils import reparameterize_model
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
-from conftest import DEVICE, rows
+from conftest import rows
 from test_fuse import assert_same, create
 from test_resume import assert_same as assert_same_run
 from test_tools import called, check_compiled_under_autocast
@@ -26,6 +27,7 @@ from train import engine, run
 from train.benchmark import TrainingStep
 from train.checkpoints import newest
 
+DEVICE = os.environ.get('TEST_DEVICE', 'cuda')
 cuda = pytest.mark.cuda
 GRAPHS = 'reduce-overhead' if DEVICE == 'cuda' else None  # mode of torch.compile
 only_cuda = pytest.mark.skipif(DEVICE != 'cuda', reason='no other device has this')
@@ -38,8 +40,12 @@ LIMITS = dict(float32=(5e-4, 0.1), tf32=(2e-2, 0.4), float16=(2e-2, 0.4), bfloat
 
 
 @pytest.fixture(autouse=True)
-def settings_of_torch():
-    """What training sets for the process is as it was."""
+def settings_of_torch(request):
+    """What training sets for the process is as it was. Nothing has been compiled, or counted."""
+    if request.node.get_closest_marker('cuda') and DEVICE == 'cuda' and not torch.cuda.is_available():
+        pytest.skip('PyTorch finds no GPU')
+    torch._dynamo.reset()
+    counters.clear()
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
@@ -100,8 +106,6 @@ def test_compiled_for_batches_of_any_size():
     """In training, without graph breaks: for the second size once more, and no more after that."""
     model, x = create('test_dresnet', (32, 32), torch.float32)
     model, x = model.train().to(DEVICE), torch.cat([x] * 6).to(DEVICE)
-    torch._dynamo.reset()
-    counters.clear()
     compiled = torch.compile(model, fullgraph=True)
     for batch in (4, 6, 10, 8):
         reference = copy.deepcopy(model)
@@ -118,7 +122,6 @@ def test_compiled_for_batches_of_any_size():
 @pytest.mark.parametrize('name', ['test_dresnet', 'test_adaresnet'])
 def test_compiled_training(name):
     """In bfloat16, as far from float32 as in eager mode, and whole in CUDA graphs."""
-    counters.clear()
     check_compiled_under_autocast(name, DEVICE, GRAPHS)
     assert not counters['inductor']['cudagraph_skips']
 
@@ -128,8 +131,6 @@ def test_compiled_training(name):
 def test_compiled_inference(fuse):
     model, x = create('test_dresnet', (32, 32), torch.float32)
     model, x = fuse(model).to(DEVICE), x.to(DEVICE)
-    torch._dynamo.reset()
-    counters.clear()
     compiled = torch.compile(model, fullgraph=True, mode=GRAPHS)
     for _ in range(3):  # the second call records a graph, the third replays it
         x = x + 0.1

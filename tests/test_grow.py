@@ -1,4 +1,5 @@
 """ResNets of timm and their weights, grown into networks with learned connections."""
+import copy
 
 import pytest
 import timm
@@ -8,6 +9,7 @@ from timm.models import model_entrypoint, save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
 
+import test_fuse
 import timm_dresnet
 
 RESNETS = [name for name in timm.list_models() if model_entrypoint(name).__module__ == 'timm.models.resnet']
@@ -16,18 +18,9 @@ QUICK = {  # one of each kind
     'resnetblur50d', 'resnetrs50', 'resnext50_32x4d', 'seresnet50', 'test_resnet'}
 
 
-def trained(arch, **kwargs):
+def trained(arch):
     """A ResNet as if trained: no parameter or statistic at its start, and activations of a sane size."""
-    torch.manual_seed(0)
-    model = timm.create_model(arch, zero_init_last=False, **kwargs)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if 'bn' in name or 'downsample.1' in name:
-                p.add_(0.2 * torch.randn_like(p))
-        model.train()
-        for _ in range(3):  # running statistics
-            model(torch.randn(8, model.in_chans, 64, 64))
-    return model.eval()
+    return test_fuse.create(arch, (64, 64), torch.float32, num_classes=1000)[0]
 
 
 @pytest.mark.parametrize('family,depth', [
@@ -36,12 +29,18 @@ def trained(arch, **kwargs):
         ('adaresnet', '152'), ('dresnet', '34'), ('dresnet', '101'))),
 ])
 def test_grown_model_is_its_resnet(family, depth):
-    resnet = trained(f'resnet{depth}'.replace('_gauss', ''))
+    resnet_name = f'resnet{depth}'.replace('_gauss', '')
+    resnet = trained(resnet_name)
     overlay = dict(state_dict=resnet.state_dict(), num_classes=1000)
     model = timm.create_model(f'{family}{depth}', pretrained=True, num_classes=1000, pretrained_cfg_overlay=overlay)
     x = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), resnet(x), rtol=1e-5, atol=1e-5)
+        features = [timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, in_chans=1,
+        ).eval().forward_features(x[:, :1]) for name in (f'{family}{depth}', resnet_name)]
+        torch.testing.assert_close(*features, rtol=1e-5, atol=1e-5)
+    assert 'state_dict' not in model.pretrained_cfg  # else the weights would stay, twice
 
     # and it learns: after one step the connections let something through
     optimizer = create_optimizer_v2(model.train(), 'sgd', lr=0.01)
@@ -67,18 +66,6 @@ def test_in_training_on_two_positions():
     assert all(statistic.isfinite().all() for statistic in model.buffers())
 
 
-@pytest.mark.parametrize('arch', ['dresnet18', 'adaresnet18'])
-def test_grown_from_memory_for_other_classes_and_channels(arch):
-    overlay = dict(state_dict=trained('resnet18').state_dict())
-    kwargs = dict(num_classes=5, in_chans=1)
-    model = timm.create_model(arch, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
-    resnet = timm.create_model('resnet18', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
-    x = torch.randn(2, 1, 64, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(model.forward_features(x), resnet.forward_features(x), rtol=1e-5, atol=1e-5)
-    assert 'state_dict' not in model.pretrained_cfg  # else the weights would stay, twice
-
-
 @pytest.mark.parametrize(
     'name', [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RESNETS])
 @torch.no_grad()
@@ -89,12 +76,13 @@ def test_every_resnet_of_timm(name):
         if isinstance(module, nn.BatchNorm2d):
             module.weight.uniform_(0.5, 1)
             module.running_mean.normal_(std=0.05)
-    before, x = resnet.state_dict(), torch.randn(1, 3, 224 if name == 'resnet18' else 65, 65)
+    before, x = copy.deepcopy(resnet.state_dict()), torch.randn(1, 3, 224 if name == 'resnet18' else 65, 65)
     for kind in ('dresnet', 'adaresnet'):
         grown = timm_dresnet.grow(resnet, kind).eval()
         torch.testing.assert_close(grown(x), resnet(x), rtol=1e-5, atol=1e-5)
         learned = timm_dresnet.connections(grown)
-        assert len(learned) > 1 and type(resnet) is timm.models.ResNet and resnet.state_dict().keys() == before.keys()
+        assert len(learned) > 1 and type(resnet) is timm.models.ResNet
+        torch.testing.assert_close(resnet.state_dict(), before, rtol=0, atol=0)
         sizes = [sum(p.numel() for p in model.parameters()) for model in (grown, resnet)]
         assert sizes[0] <= 1.15 * sizes[1]
         again = timm.create_model(kind, device='meta', **grown._model_args)

@@ -210,6 +210,7 @@ def test_arguments_of_resnet(kwargs):
     ('dresnet18_gauss', dict(gate_init=1.), ['gate_init', 'slope']),
     ('dresnet18', dict(connection_rank=-1), ['connection_rank', '-1']),
     ('dresnet18', dict(connected_stages=0), ['connected_stages', '0']),
+    ('dresnet18', dict(pruned_connections=[(3, 2)]), ['into block 3 from block 2']),
     ('dresnet18', dict(stem_type='cifra'), ['stem_type', 'cifar', 'cifra']),
     ('dresnet18', dict(output_stride=7), ['output_stride', '8, 16, 32', '7']),
     ('dresnet18', dict(layers=(2, 2)), ['layers', 'channels']),

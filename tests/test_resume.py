@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT, rows
-from test_data import write_digits
+from test_data import assert_equal, write_digits
 from test_train import train
 from train.checkpoints import newest
 from train.engine import Stopped
@@ -54,6 +54,11 @@ def start_together(output, processes, *args):
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'})
 
 
+def wait_for(process, text):
+    """Read what a process logs until it says this."""
+    assert any(text in line for line in process.stderr), f'{text!r} was not logged'
+
+
 def finish(process, status=0, timeout=None):
     _, log = process.communicate(timeout=timeout)
     assert process.returncode == status, log
@@ -66,9 +71,7 @@ def summary(folder):
 
 
 def assert_same(folder, expected):
-    weights, expected_weights = load_file(folder / 'model.safetensors'), load_file(expected / 'model.safetensors')
-    assert weights.keys() == expected_weights.keys()
-    assert all((weights[key] == expected_weights[key]).all() for key in weights)
+    assert_equal(*(load_file(path / 'model.safetensors') for path in (folder, expected)))
     assert summary(folder) == summary(expected)
     assert (folder / 'connections.csv').read_text() == (expected / 'connections.csv').read_text()
     assert not [path for path in folder.iterdir() if path.name.startswith('.') or 'recovery' in path.name]
@@ -84,9 +87,7 @@ def uninterrupted(tmp_path_factory):
 def test_stopped_and_resumed(uninterrupted, tmp_path):
     """By a signal to all processes, as a terminal, a container or a cluster sends it."""
     first = start(tmp_path, '--workers', 2, start_new_session=True)
-    log = ''
-    while 'epoch   1/3' not in log:
-        log += first.stderr.readline()
+    wait_for(first, 'epoch   1/3')
     os.killpg(first.pid, signal.SIGSTOP)  # so that the second finds it at work, however fast it is
     second = start(tmp_path)
     _, log = second.communicate()
@@ -130,25 +131,17 @@ def test_a_killed_process_is_restarted(tmp_path):
     args = ['--batch-size', 32, '--epochs', 4, '--recovery-interval', 5, '--model-ema', '--model-ema-decay', 0.9]
     finish(start_together(tmp_path / 'whole', 2, *args))
     job = start_together(tmp_path / 'killed', 2, *args)
-    log = ''
-    killed = False
-    for line in job.stderr:
-        log += line
-        if not killed and 'epoch   2/4' in line:
-            workers = subprocess.run(['pgrep', '-P', str(job.pid)], capture_output=True, text=True).stdout.split()
-            os.kill(int(workers[-1]), signal.SIGKILL)
-            killed = True
-    assert job.wait() == 0, log
-    assert killed and 'Resuming from' in log, log
-    found, expected = (load_file(tmp_path / name / 'digits/model.safetensors') for name in ('killed', 'whole'))
-    assert all((found[key] == expected[key]).all() for key in expected)
+    wait_for(job, 'epoch   2/4')
+    workers = subprocess.run(['pgrep', '-P', str(job.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert 'Resuming from' in finish(job)
+    assert_equal(*(load_file(tmp_path / name / 'digits/model.safetensors') for name in ('killed', 'whole')))
     assert [path.name for path in (tmp_path / 'killed').iterdir()] == ['digits']
 
 
 @pytest.fixture(scope='module')
 def recipe(tmp_path_factory):
-    classes = dict(a=1, b=2, c=3)
-    folder = write_digits(tmp_path_factory.mktemp('digits'), dict(train=classes, validation=classes))
+    folder = write_digits(tmp_path_factory.mktemp('digits'), dict(a=1, b=2, c=3))
     return [
         '--data-dir', str(folder), '--model', 'test_dresnet', '--input-size', '3', '16', '16', '--num-classes', '3',
         '--batch-size', '20', '--epochs', '3', '--warmup-epochs', '1', '--opt', 'adamw', '--lr', '0.003',
