@@ -53,8 +53,11 @@ def test_damaged_safetensors(folder, damage):
     with pytest.raises(ValueError, match='model.safetensors is damaged') as error:
         load_folder(folder)
     assert len(str(error.value).splitlines()) == 1
-    with pytest.raises(SystemExit, match='error: .*model.safetensors: '):
-        train.__main__.main(['--model', 'test_dresnet', '--initial-checkpoint', str(file), '--dataset', 'digits'])
+    (folder / 'empty.pth').touch()
+    for name, words in (file.name, ''), ('empty.pth', 'EOFError'), ('x', 'FileNotFoundError'):
+        path = str(folder / name)
+        with pytest.raises(SystemExit, match=f'error: {path}: {words}'):
+            train.__main__.main(['--model', 'test_dresnet', '--initial-checkpoint', path, '--dataset', 'digits'])
 
 
 @pytest.mark.parametrize('name,change,message', [

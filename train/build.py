@@ -99,7 +99,7 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
         source = args.initial_checkpoint or args.pretrained_path or (args.pretrained and '--pretrained')
         if not source:
             raise
-        raise ValueError(f'{source}: {" ".join(str(e).split())[:300] or "no such file"}') from e
+        raise ValueError(f'{source}: {" ".join(str(e).split())[:300] or type(e).__name__}') from e
     if args.bn_momentum is not None:
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
