@@ -24,16 +24,17 @@ class SigmoidGate(nn.Module):
 class GaussGate(nn.Module):
     """F(w) = exp(-k w^2), with one trained k > 0 for the whole weight array, kept positive by its logarithm."""
 
-    def __init__(self, size: int, init: float = 0.5, sharpness: float = 10., **dd) -> None:
+    def __init__(self, size: int, init: float = 0.5, **dd) -> None:
         super().__init__()
-        self.init, self.sharpness = init, sharpness  # its author drew it with k = 10
+        self.init = init
         self.weight = nn.Parameter(torch.empty(size, **dd))
         self.log_sharpness = nn.Parameter(torch.empty(1, **dd))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.weight, math.sqrt(-math.log(self.init) / self.sharpness))
-        nn.init.constant_(self.log_sharpness, math.log(self.sharpness))
+        sharpness = 10.  # k, as its author drew it
+        nn.init.constant_(self.weight, math.sqrt(-math.log(self.init) / sharpness))
+        nn.init.constant_(self.log_sharpness, math.log(sharpness))
 
     def forward(self) -> torch.Tensor:
         return torch.exp(-self.log_sharpness.exp() * self.weight.square())

@@ -15,7 +15,7 @@ from .adaresnet import AdaBasicBlock, AdaBottleneck, AdaResNet, choose_zero_init
 from .adaresnet import checkpoint_filter_fn as _adaresnet_filter_fn
 from .dresnet import DResNet, refuse_feature_cls, require_whole_number, start_from_resnet
 from .dresnet import checkpoint_filter_fn as _dresnet_filter_fn
-from .pretrained import build_model_with_cfg, grown_cfgs
+from .pretrained import WITHOUT_WEIGHTS, build_model_with_cfg, grown_cfgs
 from .resnet import ResNet, _cfg
 
 __all__ = ['grow']  # the model registry adds each entry point to this
@@ -159,8 +159,8 @@ def _create_grown(kind: str, variant: str, grown_from: str, pretrained: bool, pr
     if variant == kind and not pretrained_cfg:  # which has no weights of its own in the registry
         pretrained_cfg = get_pretrained_cfg(grown_from)
         if pretrained_cfg:
-            unset = () if pretrained else ('file', 'hf_hub_id', 'license', 'origin_url', 'tag')
-            pretrained_cfg = dataclasses.replace(pretrained_cfg, architecture=variant, **dict.fromkeys(unset))
+            changes = {} if pretrained else WITHOUT_WEIGHTS
+            pretrained_cfg = dataclasses.replace(pretrained_cfg, architecture=variant, **changes)
     if kind == 'dresnet':
         refuse_feature_cls(kwargs.get('feature_cls'))
     # the other ways to make a feature extractor do not take None for the features of all stages

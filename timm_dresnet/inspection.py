@@ -35,7 +35,8 @@ def blocks(model: nn.Module) -> List[Tuple[str, nn.Module]]:
 
 
 def _compare(part: torch.Tensor, whole: torch.Tensor) -> Dict[str, float]:
-    part, whole = part.cpu().double(), whole.cpu().double()  # a Mac's GPU has no float64
+    dtype = torch.float32 if whole.device.type == 'mps' else torch.float64  # which a Mac's GPU has not
+    part, whole = part.to(dtype), whole.to(dtype)
     square = whole.square().sum().clamp_min(torch.finfo(whole.dtype).tiny)
     return dict(effect=(part.square().sum() / square).sqrt().item(), share=((part * whole).sum() / square).item())
 

@@ -25,6 +25,9 @@ _ARGUMENTS = (
     (r'', 'connection_rank or norm_layer'),
 )
 
+# what a config says of weights, for a network that is made without them
+WITHOUT_WEIGHTS = dict.fromkeys(('file', 'hf_hub_id', 'license', 'origin_url', 'tag'))
+
 # not a Path: the package may be in a zip archive
 _FOLDER = files('timm_dresnet') / 'weights'
 
@@ -80,7 +83,7 @@ def build_model_with_cfg(
     registered = pretrained and not any(overlay.get(key) for key in ('url', 'file', 'state_dict', 'hf_hub_id'))
     if not registered and not pretrained_cfg:
         pretrained_cfg = next((c for c in get_arch_pretrained_cfgs(variant).values() if not c.file), None)
-        overlay = dict(dict(file=None, hf_hub_id=None, tag=None, license=None, origin_url=None), **overlay)
+        overlay = {**WITHOUT_WEIGHTS, **overlay}
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     if not registered or kwargs.get('num_classes', cfg.num_classes) != cfg.num_classes:
         overlay = dict(dict(label_names=None, label_descriptions=None), **overlay)

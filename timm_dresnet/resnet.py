@@ -184,7 +184,11 @@ class ResNet(resnet.ResNet):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """As timm's, for three or four stages, with what `forward_context` makes for them."""
+        """As timm's, for three or four stages, with what `forward_context` makes for them.
+
+        Raises:
+            ValueError: If ``output_fmt`` is not NCHW.
+        """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
         take_indices, max_index = feature_take_indices(len(self.stage_names) + 1, indices)
