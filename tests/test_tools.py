@@ -1,6 +1,5 @@
 """Tools that work through the call of a module."""
 import copy
-from collections import OrderedDict
 from functools import partial
 from unittest.mock import Mock
 
@@ -55,11 +54,22 @@ def test_a_hook_on_one_module_counts(name):
     assert_close(model(x), expected)
 
 
+class LoRA(nn.Module):
+    """A frozen convolution with a trained low-rank addition, as peft has it."""
+
+    def __init__(self, conv, rank=2):
+        super().__init__()
+        self.conv = conv.requires_grad_(False)
+        self.down = nn.Conv2d(conv.in_channels, rank, conv.kernel_size, conv.stride, conv.padding, bias=False)
+        self.up = nn.Conv2d(rank, conv.out_channels, 1, bias=False)
+
+    def forward(self, x):
+        return self.conv(x) + self.up(self.down(x))
+
+
 @models
 @pytest.mark.parametrize('change,new', [
-    (lambda model, name, conv: model.set_submodule(name, nn.Sequential(OrderedDict(
-        conv=conv.requires_grad_(False), up=nn.Conv2d(conv.out_channels, conv.out_channels, 1, bias=False)))),
-     ('.up.weight',)),
+    (lambda model, name, conv: model.set_submodule(name, LoRA(conv)), ('.down.weight', '.up.weight')),
     (lambda model, name, conv: prune.l1_unstructured(conv, 'weight', 0.5), ('.weight_orig',)),
     (lambda model, name, conv: parametrizations.weight_norm(conv), ('.original1',)),
     (lambda model, name, conv: nn.utils.spectral_norm(conv), ('.weight_orig',)),
