@@ -94,6 +94,7 @@ def test_multiply_adds():
     (['--all', '--models', 'test_dresnet', '--baseline', 'test_resnet'], ['--all excludes them']),
     (['--model-kwargs', 'gate=gauss'], ['--model-kwargs needs them']),
     (['--models', 'test_dresnet', '--baseline', 'test_resnet', '--model-kwargs', 'gat=gauss'], ["no argument 'gat'"]),
+    (['--models', 'local-dir:/no/such', '--baseline', 'test_resnet'], ['/no/such']),
     (['--batch-size', '1'], ['--batch-size must be 2 or more']),
     (['--cuda-graphs'], ['--cuda-graphs', 'cpu']),
     (['--md', 'no/such/x.md'], ['there is no folder no/such']),

@@ -26,7 +26,7 @@ def test_comparison(tmp_path):
     config = tmp_path / 'small.yaml'
     config.write_text(yaml.safe_dump(dict(
         recipe='digits',
-        seeds=[0, 1],
+        seeds=[0, 1, 1],  # once each
         arguments=dict(epochs=2, warmup_epochs=0, workers=0),
         models={'Ada': dict(model='test_adaresnet'),
                 'Dynamic, gauss': dict(model='test_dresnet', model_kwargs=dict(gate='gauss'))},
@@ -120,6 +120,7 @@ def test_smoke(name, tmp_path):
     (['--config', 'cifar_depth', '--seed', '3'], ['--seed 3', '--seeds']),
     (['--config', 'cifar_depth', '--model', 'resnet18'], ['--model would', 'differ']),
     (['--config', 'equal_time', '--epochs', '10'], ['--epochs would', 'differ']),
+    (['--config', 'cifar_depth', '--output', '/dev/null/x'], ['/dev/null']),
     (dict(seeds=3), ['small.yaml', 'int']),  # in a file
     (dict(models={'DResNet, a': {}, 'dresnet a': {}}), ['DResNet, a', 'dresnet a', 'differ']),
     (dict(models={'α=1': {}, '?': {}}), ['differ']),
@@ -130,6 +131,15 @@ def test_errors_of_comparisons(args, words, tmp_path, capsys):
         path.write_text(yaml.safe_dump({**dict(recipe='digits', seeds=[0], models={20: {}}), **args}))
         args = ['--config', str(path)]
     check_error('python -m train.compare', compare.main, args, words, capsys)
+
+
+def test_a_training_that_is_killed_is_named(tmp_path, monkeypatch, capsys):
+    python = tmp_path / 'python'
+    python.write_text('#!/bin/sh\nkill -9 $$\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, 'executable', str(python))
+    args = ['--config', 'cifar_depth', '--seeds', '7', '--models', 'ResNet-20', '--output', str(tmp_path)]
+    check_error('python -m train.compare', compare.main, args, ['ResNet-20, seed 7', 'signal 9', 'resumes'], capsys)
 
 
 def test_validate(digits_folder, capsys):

@@ -254,6 +254,21 @@ def test_images_of_phones_and_of_other_formats(tmp_path, caplog):
     assert caplog.text.count('not read as images: 2 .heic, 1 .txt') == 1
 
 
+@pytest.mark.parametrize('files,words', [
+    (['a/images/0.png', 'b/images/0.png'], ['train/a/images', 'train/b/images', 'one class']),
+    (['a/x/0.png', 'b/y/x/0.png'], ['train/a/x', 'train/b/y/x', 'one class']),
+    (['0.png', 'a/0.png'], ['holds images itself']),
+], ids=str)
+def test_other_folders_than_those_of_classes(files, words, tmp_path):
+    """timm names a class by the last folder: it would take these for one, and images in none for one without a name."""
+    for file in files:
+        (tmp_path / 'train' / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / 'train' / file)
+    with pytest.raises(ValueError) as error:
+        train_loader('--data-dir', tmp_path)
+    assert all(word in str(error.value) for word in ['one folder for each class', *words])
+
+
 def test_folders_without_images(tmp_path):
     (tmp_path / 'train/a').mkdir(parents=True)
     with pytest.raises(ValueError, match='0 images'):

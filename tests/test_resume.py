@@ -8,17 +8,20 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from unittest.mock import Mock
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from conftest import ROOT, rows
 from test_data import assert_equal, write_digits
 from test_train import train
-from train.checkpoints import newest
+from train.checkpoints import newest, open_folder
 from train.engine import Stopped
 
 # random numbers everywhere: in loading processes, in erasing, in the model; a moving average with warm-up; connections
@@ -124,6 +127,19 @@ def test_two_processes_train_as_one(tmp_path):
     expected, found = (rows(tmp_path / name / 'digits/summary.csv')[0] for name in '12')
     for key in ('train_loss', 'eval_loss'):
         assert float(found[key]) == pytest.approx(float(expected[key]), rel=1e-3)
+
+
+def test_runs_of_one_name_that_start_together(tmp_path):
+    together = Barrier(8)
+
+    def run(seed):
+        together.wait()
+        return open_folder(tmp_path, 'digits', dict(seed=seed))
+
+    with ThreadPoolExecutor(8) as pool:
+        folders = [*pool.map(run, range(8))]
+    assert sorted(path.name for path in folders) == ['digits', *(f'digits-{i}' for i in range(1, 8))]
+    assert [yaml.safe_load((path / 'args.yaml').read_text()) for path in folders] == [dict(seed=i) for i in range(8)]
 
 
 @pytest.mark.slow

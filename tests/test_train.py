@@ -242,6 +242,7 @@ def test_loss_that_is_not_finite(tmp_path):
     (['--model', 'dresnet20_cifra'], ["'dresnet20_cifra'", 'dresnet20_cifar']),
     (['--model', 'dresnet20_cifar.c100'], ["'dresnet20_cifar.c100'", 'Invalid pretrained tag']),
     (['--model-kwargs', 'gat=gauss'], ['dresnet20_cifar', 'gat']),
+    (['--model-kwargs', 'act_layer=reluu'], ['dresnet20_cifar', 'reluu']),
     (['--pretrained', '--model', 'dresnet56_cifar'], ['--pretrained', 'dresnet56_cifar']),
     (['--config', '/no/such/recipe.yaml'], ['/no/such/recipe.yaml', 'No such file']),
     (['--dataset', ''], ['--config', '--data-dir', '--dataset']),

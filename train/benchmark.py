@@ -284,7 +284,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             with torch.device('meta'):
                 timm.create_model(model, **args.model_kwargs)
         device = set_up_process(args).device
-    except (TypeError, ValueError) as e:
+    except (KeyError, OSError, TypeError, ValueError) as e:
         parser.error(str(e))
     if args.batch_size < 2:
         parser.error('--batch-size must be 2 or more: batch norm cannot train on a single value.')

@@ -93,7 +93,7 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
             **overlay,
             **args.model_kwargs,
         )
-    except (AssertionError, TypeError) as e:  # of timm's layers
+    except (AssertionError, KeyError, TypeError) as e:  # of timm's layers
         raise ValueError(f'{args.model} does not take these arguments: {e}') from e
     except (EOFError, OSError, RuntimeError, SafetensorError) as e:
         source = args.initial_checkpoint or args.pretrained_path or (args.pretrained and '--pretrained')

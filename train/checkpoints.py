@@ -56,11 +56,17 @@ def find_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
 
 def open_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
     """The folder that `find_folder` finds, made if it is free."""
-    folder = find_folder(output, name, recipe)
-    if not folder.exists():
-        with atomic_folder(folder) as new:
-            (new / 'args.yaml').write_text(yaml.safe_dump(recipe))
-    return folder
+    while True:
+        folder = find_folder(output, name, recipe)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if folder == find_folder(output, name, recipe):  # else another run has taken it meanwhile
+                return folder
+        else:
+            with atomic_folder(folder) as new:
+                (new / 'args.yaml').write_text(yaml.safe_dump(recipe))
+            return folder
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def load_config(name: str, smoke: bool = False) -> Dict[str, Any]:
         known = ', '.join(sorted(file.stem for file in (_HERE / 'comparisons').iterdir()))
         raise ValueError(f'{e.filename} cannot be read ({e.strerror}); there are: {known}.') from e
     except (AttributeError, KeyError, TypeError, yaml.YAMLError) as e:
-        raise ValueError(f'{path} is not a comparison: {type(e).__name__} {e}') from e
+        raise ValueError(f'{path} is not a comparison: {type(e).__name__} {" ".join(str(e).split())}') from e
 
 
 def _slug(model: str) -> str:
@@ -215,23 +215,32 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--seeds', nargs='+', type=int, metavar='N', help='other seeds')
     parser.add_argument('--output', default='output', metavar='DIR', help='folder for its folder')
     args, others = parser.parse_known_args(argv)
+    try:
+        compare(args, others)
+    except (OSError, ValueError) as e:
+        sys.exit(f'python -m train.compare: error: {e}')
+
+
+def compare(args: argparse.Namespace, others: List[str]) -> None:
+    """Run what is missing of a comparison, and write its table and pictures after each run.
+
+    Args:
+        others: Arguments for every `python -m train`.
+    """
     trainings = create_parser()
     given = vars(trainings.parse_args(others, argparse.Namespace(**dict.fromkeys(vars(trainings.parse_args([]))))))
     given = {key: value for key, value in given.items() if value is not None}
-    try:
-        if 'seed' in given:
-            raise ValueError(f'--seed {given["seed"]} is for one training: name the seeds of all by --seeds.')
-        config = load_config(args.config, args.smoke)
-        for model in args.models or []:
-            if model not in config['models']:
-                raise ValueError(f'--models: there is no {model!r}, only {", ".join(config["models"])}.')
-        models = {model: config['models'][model] for model in args.models or config['models']}
-        for key in given:
-            if len({str(recipe.get(key)) for recipe in models.values()}) > 1:
-                raise ValueError(f'--{key.replace("_", "-")} would make equal what these models differ in.')
-    except ValueError as e:
-        sys.exit(f'python -m train.compare: error: {e}')
-    seeds = args.seeds or config['seeds']
+    if 'seed' in given:
+        raise ValueError(f'--seed {given["seed"]} is for one training: name the seeds of all by --seeds.')
+    config = load_config(args.config, args.smoke)
+    for model in args.models or []:
+        if model not in config['models']:
+            raise ValueError(f'--models: there is no {model!r}, only {", ".join(config["models"])}.')
+    models = {model: config['models'][model] for model in args.models or config['models']}
+    for key in given:
+        if len({str(recipe.get(key)) for recipe in models.values()}) > 1:
+            raise ValueError(f'--{key.replace("_", "-")} would make equal what these models differ in.')
+    seeds = [*dict.fromkeys(args.seeds or config['seeds'])]
 
     name = Path(args.config).stem + ('-smoke' if args.smoke else '')
     folder = open_folder(Path(args.output), name, dict(models=models, seeds=seeds, **given))
@@ -250,11 +259,14 @@ def main(argv: Optional[List[str]] = None) -> None:
                 command = [sys.executable, '-m', 'train', *others, '--config', str(path)]
                 process = subprocess.Popen([*command, '--output', str(folder), '--experiment', experiment])
                 with handle_signals(process.send_signal):  # those that ask this process to end are handed on
-                    if status := process.wait():
-                        sys.exit(status)
+                    status = process.wait()
+                if status < 0:  # it could say nothing itself
+                    raise ValueError(f'{model}, seed {seed}, was killed by signal {-status}: the same command resumes.')
+                if status:
+                    sys.exit(status)
                 if not is_finished(folder / experiment):
-                    sys.exit(f'python -m train.compare: error: {folder / experiment} is of another version of this '
-                             'program: remove it, or name another --output.')
+                    raise ValueError(f'{folder / experiment} is of another version of this program: remove it, or name '
+                                     'another --output.')
             runs.setdefault(model, []).append(folder / experiment)
             lines = [summarize(model, folders) for model, folders in runs.items()]
             compare_cost(lines, families[0])

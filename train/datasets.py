@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -185,6 +185,7 @@ def open_dataset(args: argparse.Namespace, is_training: bool, in_chans: int) -> 
         return dataset
     if is_folder:
         _name_unread(dataset.reader.root)
+        _check_class_folders(dataset.reader)
         if not args.class_map:
             _order_classes(dataset.reader)
     if not len(dataset):
@@ -214,6 +215,16 @@ def _name_unread(folder: str) -> None:
     unread = [f'{count:,} {suffix}' for suffix, count in sorted(suffixes.items()) if suffix not in SUFFIXES]
     if unread:
         _logger.warning(f'Files in {folder} that are not read as images: {", ".join(unread)}')
+
+
+def _check_class_folders(reader: Any) -> None:
+    """Refuse images outside of class folders, and folders of one name in different ones: timm takes them for one class."""
+    folders: Dict[str, str] = {}
+    for folder in sorted({os.path.dirname(path) for path, _ in reader.samples}):
+        other = folders.setdefault(os.path.basename(folder), folder)
+        if other != folder or Path(folder) == Path(reader.root):
+            found = f'{other} and {folder} would be one class' if other != folder else 'it holds images itself'
+            raise ValueError(f'{reader.root} must have one folder for each class, with its images: {found}.')
 
 
 def _order_classes(reader: Any) -> None:
