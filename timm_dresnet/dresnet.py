@@ -5,7 +5,6 @@ Papers:
   https://github.com/Mao-chuan/An_improve_on_ResNet--Introduces_dynamic_connections
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
 """
-import itertools
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
@@ -156,21 +155,15 @@ class DResNet(ResNet):
     ) -> None:
         """Add the connections to a ResNet whose class is DResNet already; see `__init__` for the arguments."""
         require_whole_number('connection_rank', connection_rank, 0)
-        require_whole_number('connected_stages', connected_stages, 1)
+        targets = self.connection_targets(connected_stages)
         if isinstance(self.bn1, nn.GroupNorm):
             norm_layer = GroupNorm1  # any number of channels
         feature_info: Any = self.feature_info[1:]
-        depths = [len(getattr(self, name)) for name in self.stage_names]
-        ends = [*itertools.accumulate(depths)]
-        targets = {
-            name: range(max(end - depth + 2, 3), min(end + 1, ends[-1]) + 1)
-            for name, depth, end in zip(self.stage_names, depths, ends)}
-        connected = [name for name in targets if targets[name]][-(connected_stages or len(targets)):]
         source_chs: List[int] = []
         self.pruned_connections: List[Tuple[int, int]] = []
-        for name, depth, info in zip(self.stage_names, depths, feature_info):
-            first = len(source_chs) + 1
-            source_chs += depth * [info['num_chs']]
+        for name, info in zip(self.stage_names, feature_info):
+            stage, first = getattr(self, name), len(source_chs) + 1
+            source_chs += len(stage) * [info['num_chs']]
             connections = Connections(
                 source_chs,
                 {i: range(1, i - 1) for i in targets[name]},
@@ -180,13 +173,25 @@ class DResNet(ResNet):
                 rank=connection_rank,
                 norm_layer=norm_layer,
                 **dd,
-            ) if name in connected else None
-            setattr(self, name, DResNetStage(getattr(self, name), first, connections))
-            info['module'] = f'{name}.{depth - 1}'  # to torch.fx, what runs last under a stage's name is a connection
+            ) if name in targets else None
+            setattr(self, name, DResNetStage(stage, first, connections))
+            info['module'] = f'{name}.{len(stage) - 1}'  # to torch.fx, what runs last in a stage is a connection
         self.prune_connections(pruned_connections)
         if inference_mode:
             reparameterize_model(self, inplace=True)
             self.eval()
+
+    def connection_targets(self, connected_stages: Optional[int]) -> Dict[str, range]:
+        """By the name of its stage, the numbers of the blocks that connections to its shape lead to."""
+        require_whole_number('connected_stages', connected_stages, 1)
+        depths = {name: len(getattr(self, name)) for name in self.stage_names}
+        targets, last = {}, 0
+        for name, depth in depths.items():
+            first, last = last + 1, last + depth
+            # the first block of a stage takes the shape of the stage before
+            targets[name] = range(max(first + 1, 3), min(last + 1, sum(depths.values())) + 1)
+        connected = [name for name in targets if targets[name]][-(connected_stages or len(targets)):]
+        return {name: targets[name] for name in connected}
 
     def stages(self) -> Dict[str, DResNetStage]:
         """The stages by name, without those that were replaced."""

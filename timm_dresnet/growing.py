@@ -2,7 +2,7 @@
 import copy
 import dataclasses
 from functools import partial
-from typing import Any, Dict, List, Sequence
+from typing import Any
 
 import torch.nn as nn
 from timm.layers import GroupNorm1, get_device_dtype
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .adaresnet import AdaBasicBlock, AdaBottleneck, AdaResNet, choose_zero_init_last
 from .adaresnet import checkpoint_filter_fn as _adaresnet_filter_fn
-from .dresnet import DResNet, refuse_feature_cls, require_whole_number, start_from_resnet
+from .dresnet import DResNet, refuse_feature_cls, start_from_resnet
 from .dresnet import checkpoint_filter_fn as _dresnet_filter_fn
 from .pretrained import WITHOUT_WEIGHTS, build_model_with_cfg, grown_cfgs
 from .resnet import ResNet, _cfg
@@ -81,7 +81,6 @@ def _grow_dresnet(
         connected_stages: int = 1,
         **kwargs: Any,
 ) -> DResNet:
-    require_whole_number('connected_stages', connected_stages, 1)
     if gate == 'linear' and gate_init is None:
         gate_init = 0.
     grown = _adopt(model, DResNet)
@@ -117,26 +116,21 @@ _FILTERS = dict(dresnet=_dresnet_filter_fn, adaresnet=_adaresnet_filter_fn)
 
 def _choose_rank(model: DResNet, connected_stages: int) -> int:
     """Rank of the connections: 0 for full width where that is cheap, or else the largest up to 64 that is, or 4."""
-    feature_info: Sequence[Dict[str, Any]] = model.feature_info[1:]
-    stages = [getattr(model, name) for name in model.stage_names]
-    positions = [(feature_info[0]['reduction'] / info['reduction']) ** 2 for info in feature_info]
+    feature_info: Any = model.feature_info[1:]
+    stages = {name: getattr(model, name) for name in model.stage_names}
+    chs = {name: info['num_chs'] for name, info in zip(stages, feature_info)}
+    areas = {name: (feature_info[0]['reduction'] / info['reduction']) ** 2 for name, info in zip(stages, feature_info)}
     parameters = sum(p.numel() for p in model.parameters())
     multiply_adds = float(sum(p.numel() for p in model.conv1.parameters()))
-    multiply_adds += sum(area * sum(p.numel() for p in stage.parameters()) for area, stage in zip(positions, stages))
-    blocks = sum(map(len, stages))
+    multiply_adds += sum(areas[name] * sum(p.numel() for p in stage.parameters()) for name, stage in stages.items())
+    source_chs = [chs[name] for name, stage in stages.items() for _ in stage]
+    targets = model.connection_targets(connected_stages)
 
     def cost(rank: int) -> float:
-        source_chs: List[int] = []
-        added = []
-        for stage, info in zip(stages, feature_info):
-            chs, weights = info['num_chs'], 0
-            for _ in stage:
-                source_chs.append(chs)
-                if 2 <= len(source_chs) < blocks:  # the next block takes from all before this one
-                    weights += (rank or chs) * sum(source_chs[:-1]) + rank * chs
-            added.append(weights)
-        connected = [stage for stage in zip(positions, added) if stage[1]][-connected_stages:]
-        return max(sum(n for _, n in connected) / parameters, sum(area * n for area, n in connected) / multiply_adds)
+        added = {
+            name: sum((rank or chs[name]) * sum(source_chs[:i - 2]) + rank * chs[name] for i in numbers)
+            for name, numbers in targets.items()}
+        return max(sum(added.values()) / parameters, sum(areas[name] * added[name] for name in added) / multiply_adds)
 
     return next((rank for rank in (0, 64, 56, 48, 40, 32, 24, 16, 8) if cost(rank) <= _MAX_COST), 4)
 
