@@ -8,7 +8,7 @@ Three things make this cheap without changing the function:
   share one convolution.
 """
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -19,6 +19,16 @@ from .folding import can_bypass, can_fold, concat, fold_gated_norms, gated_norm
 from .gates import create_gate
 
 NormLayer = Callable[..., nn.Module]
+
+
+def _keep_rows(module: nn.Module, kept: Sequence[int], size: int = 1) -> None:
+    """Keep some of the parts of `size` entries that parameters and statistics of a module have side by side."""
+    for part in module.modules():
+        for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            if tensor.numel() > 1:  # neither a count of batches nor what all parts share
+                rows = tensor.detach().unflatten(0, (-1, size))[kept].flatten(0, 1)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                setattr(part, name, nn.Parameter(rows, tensor.requires_grad) if is_parameter else rows)
 
 
 class SplitNorm(nn.ModuleList):
@@ -54,6 +64,17 @@ class Projection(nn.Module):
         """`[B, C, H, W]` to `[B, num_targets * out_chs, H, W]`, with a gate value for each channel unless fused."""
         x = self.conv(y)
         return x if gate is None else gated_norm(self.norm, x, gate)
+
+    def keep(self, targets: Tuple[int, ...]) -> None:
+        """Keep some of the targets."""
+        kept, self.targets = [self.targets.index(i) for i in targets], targets
+        _keep_rows(self.conv, kept, self.out_chs)
+        self.conv.out_channels = len(targets) * self.out_chs
+        if isinstance(self.norm, SplitNorm):
+            self.norm = SplitNorm(self.norm[j] for j in kept)
+        else:
+            _keep_rows(self.norm, kept, self.out_chs)
+            self.norm.num_features = len(targets) * self.out_chs
 
     def become(self, sources: Sequence[int], kernel: torch.Tensor, bias: torch.Tensor) -> None:
         """Be a plain convolution of several sources from now on."""
@@ -170,6 +191,21 @@ class Connections(nn.Module):
         self.sources = {i: tuple(numbers) for i, numbers in sources.items() if numbers}
         numbers = sorted({k for numbers in self.sources.values() for k in numbers})
         self.targets = {k: tuple(i for i in self.sources if k in self.sources[i]) for k in numbers}
+
+    @torch.inference_mode(False)  # or what is left could not be trained
+    def remove(self, pairs: Iterable[Tuple[int, int]]) -> None:
+        """Remove connections, given as (target, source) block numbers, with all that only they use."""
+        before, removed = self.sources, set(pairs)
+        self.connect({i: [k for k in numbers if (i, k) not in removed] for i, numbers in before.items()})
+        for modules, numbers in (
+                (self.gates, self.sources), (self.expansions, self.sources), (self.projections, self.targets)):
+            for key in [key for key in modules if int(key) not in numbers]:
+                del modules[key]
+        for i, gate in self.gates.items():
+            _keep_rows(gate, [before[int(i)].index(k) for k in self.sources[int(i)]])
+        for k, projection in self.projections.items():
+            if self.targets[int(k)] != projection.targets:
+                projection.keep(self.targets[int(k)])
 
     def gate_values(self) -> Dict[int, torch.Tensor]:
         """By source, the gate value of each channel that its projection puts out, `[num_targets * C]`."""

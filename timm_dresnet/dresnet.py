@@ -18,7 +18,6 @@ from timm.utils import reparameterize_model
 from .connections import Connections, Flow
 from .folding import fold_norms
 from .pretrained import build_model_with_cfg, grown_cfgs, packaged_classes, packaged_file
-from .pruning import remove_connections
 from .resnet import ResNet, _c10_cfg, _cfg, _cifar_cfg, require_eval
 
 __all__ = ['DResNet']  # the model registry adds each entry point to this
@@ -228,7 +227,7 @@ class DResNet(ResNet):
 
     def _remove_connections(self, pairs: Sequence[Tuple[int, int]]) -> None:
         for name, connections in self.connections.items():
-            remove_connections(connections, pairs)
+            connections.remove(pairs)
             if not connections.sources:
                 getattr(self, name).connections = None
 

@@ -1,47 +1,13 @@
 """Taking out learned connections that do little, with their parameters and all that they compute."""
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn as nn
 
-from .connections import Connections, SplitNorm
+from .dresnet import DResNet
+from .inspection import connections
 
 __all__ = ['prune_connections']
-
-
-def _keep_rows(module: nn.Module, kept: Sequence[int], size: int) -> None:
-    """Keep some of the parts of `size` entries that parameters and statistics of a module have side by side."""
-    for part in module.modules():
-        for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
-            if tensor.numel() > 1:  # neither a count of batches nor what all parts share
-                rows = tensor.detach().unflatten(0, (-1, size))[kept].flatten(0, 1)
-                is_parameter = isinstance(tensor, nn.Parameter)
-                setattr(part, name, nn.Parameter(rows, tensor.requires_grad) if is_parameter else rows)
-
-
-@torch.inference_mode(False)  # or what is left could not be trained
-def remove_connections(connections: Connections, pairs: Iterable[Tuple[int, int]]) -> None:
-    """Remove connections, given as (target, source) block numbers, with all that only they use."""
-    before, removed = connections.sources, set(pairs)
-    connections.connect({i: [k for k in numbers if (i, k) not in removed] for i, numbers in before.items()})
-    for modules in (connections.gates, connections.expansions):
-        for i in [i for i in modules if int(i) not in connections.sources]:
-            del modules[i]
-    for i, gate in connections.gates.items():
-        _keep_rows(gate, [before[int(i)].index(k) for k in connections.sources[int(i)]], 1)
-    for k, projection in list(connections.projections.items()):
-        targets = connections.targets.get(int(k), ())
-        if not targets:
-            del connections.projections[k]
-        elif targets != projection.targets:
-            kept, projection.targets = [projection.targets.index(i) for i in targets], targets
-            _keep_rows(projection.conv, kept, projection.out_chs)
-            if isinstance(projection.norm, SplitNorm):
-                projection.norm = SplitNorm(projection.norm[j] for j in kept)
-            else:
-                _keep_rows(projection.norm, kept, projection.out_chs)
-                projection.norm.num_features = len(targets) * projection.out_chs
-            projection.conv.out_channels = len(targets) * projection.out_chs
 
 
 def prune_connections(
@@ -71,9 +37,6 @@ def prune_connections(
     Raises:
         ValueError: If the model is no DResNet with gates, or it is not clear what to remove.
     """
-    from .dresnet import DResNet  # these two import this module
-    from .inspection import connections
-
     if not isinstance(model, DResNet):
         raise ValueError(
             f'connections are pruned in a DResNet, got a {type(model).__name__}: give the network itself, not one that '
