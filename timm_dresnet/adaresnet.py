@@ -23,10 +23,10 @@ __all__ = ['AdaResNet']  # the model registry adds each entry point to this
 class SkipWeight(nn.Module):
     """The trained scalar alpha that scales a shortcut. Several blocks may hold the same one."""
 
-    def __init__(self, init: float = 0., device=None, dtype=None) -> None:
+    def __init__(self, init: float, **dd) -> None:
         super().__init__()
         self.init = init
-        self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.alpha = nn.Parameter(torch.empty(1, **dd))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -173,20 +173,20 @@ class AdaResNet(ResNet):
             **dd,
     ) -> None:
         """Add the skip weights to a ResNet whose class is AdaResNet already; see `__init__` for the arguments."""
-        groups: Dict[str, Callable[..., Any]] = {
-            'per_block': lambda name, block: name,
-            'per_kind': lambda name, block: block.downsample is None,
-            'shared': lambda name, block: None,
+        groups: Dict[str, Callable[[nn.Module], Any]] = {
+            'per_block': lambda block: block,
+            'per_kind': lambda block: block.downsample is None,
+            'shared': lambda block: None,
         }
         if skip_weight not in groups:
             raise ValueError(f"skip_weight must be one of {', '.join(map(repr, groups))}, got {skip_weight!r}.")
         skip_weights: Dict[Any, SkipWeight] = {}
         for stage in self.stage_names:
-            for name, module in getattr(self, stage).named_children():
-                group = groups[skip_weight](f'{stage}.{name}', module)
+            for block in getattr(self, stage):
+                group = groups[skip_weight](block)
                 if group not in skip_weights:
-                    skip_weights[group] = SkipWeight(skip_init, **dd).train(module.training)
-                module.skip_weight = skip_weights[group]
+                    skip_weights[group] = SkipWeight(skip_init, **dd).train(block.training)
+                block.skip_weight = skip_weights[group]
         if inference_mode:
             reparameterize_model(self, inplace=True)
             self.eval()
