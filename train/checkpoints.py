@@ -71,23 +71,17 @@ def open_folder(output: Path, name: str, recipe: Dict[str, Any]) -> Path:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes from training into the folder of a run.
-
-    Raises:
-        ValueError: If another process trains into it.
-    """
+    """Keep other processes from training into the folder of a run, or raise a ValueError if one does."""
     lock = FileLock(folder / '.lock', timeout=10)  # worker processes outlive one that was killed by some seconds
     try:
-        lock.acquire()
+        acquired = lock.acquire()
     except Timeout:
         raise ValueError(
             f'Another process trains into {folder}: wait for its end, or use another --experiment. If there is none, '
             f'as may be on a network disk, remove {lock.lock_file}.') from None
-    try:
+    with acquired:
         yield
         Path(lock.lock_file).unlink(missing_ok=True)
-    finally:
-        lock.release()
 
 
 def newest(folder: Path) -> Optional[Path]:
