@@ -220,11 +220,7 @@ class AdaResNet(ResNet):
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Let the weights of a ResNet learn their skip weights from 1 on, where an AdaResNet is that ResNet.
-
-    Raises:
-        ValueError: If the network was made with another start.
-    """
+    """Let the weights of a ResNet learn their skip weights from 1 on, where an AdaResNet is that ResNet."""
     if any(name.endswith('.skip_weight.alpha') for name in state_dict):
         return state_dict
     alphas = {k: v for k, v in model.state_dict().items() if k.endswith('.skip_weight.alpha')}

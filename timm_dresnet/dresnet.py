@@ -67,17 +67,7 @@ class DResNetStage(nn.Sequential):
         self.fused = any([fold_norms(block) for block in self]) or self.fused
 
     def forward(self, x: torch.Tensor, flow: Optional[Flow] = None) -> torch.Tensor:
-        """
-        Args:
-            x: Output of the block before the first one here, `[B, C, H, W]`.
-            flow: What connections carry past the blocks.
-
-        Returns:
-            Output of the last block, `[B, C', H', W']`.
-
-        Raises:
-            RuntimeError: If it is run by itself, or blocks before it or its own are not those that it was made with.
-        """
+        """`[B, C, H, W]` to `[B, C', H', W']`, if the blocks before it and its own are those that it was made with."""
         require_eval(self)
         if flow is None or len(self) != self.depth or flow.block != self.first - 1:
             raise RuntimeError(_WHOLE)
@@ -294,11 +284,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
 
 
 def refuse_feature_cls(feature_cls: Any) -> None:
-    """Refuse features by timm's 'list' or 'dict', which run one stage after another.
-
-    Raises:
-        RuntimeError: If it is one of these.
-    """
+    """Raise a RuntimeError for features by timm's 'list' or 'dict', which run one stage after another."""
     if feature_cls in ('list', 'dict'):
         raise RuntimeError(_WHOLE)
 

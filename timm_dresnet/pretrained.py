@@ -106,10 +106,9 @@ def build_model_with_cfg(
 
 
 def refuse_other_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> None:
-    """Refuse weights of a whole network that mean something else in this one, although they may load.
+    """Raise a RuntimeError for weights of a whole network that mean something else in this one, although they may load.
 
-    Raises:
-        RuntimeError: If they are those of a network without its learned connections or skip weights, or with others.
+    They are those of a network without its learned connections or skip weights, or with others.
     """
     def find(tensors: Dict[str, Any]) -> Dict[str, Any]:
         return {

@@ -22,11 +22,7 @@ CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog
 
 
 def require_eval(stage: nn.Module) -> None:
-    """Refuse to run a fused stage or block in training mode, in which its remaining norms would use batch statistics.
-
-    Raises:
-        RuntimeError: If it is fused and in training mode.
-    """
+    """Raise a RuntimeError if a fused stage or block is in training mode: norms that are left would use the batch."""
     if stage.fused and stage.training:
         raise RuntimeError('A fused model is for inference: call eval() on it, and that before it is fused.')
 
