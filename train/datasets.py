@@ -82,6 +82,8 @@ class Images(Dataset):
             in_memory: bool = False,
     ) -> None:
         self.dataset = dataset
+        # ImageDataset.__getitem__ would log an unreadable image and return another
+        self.reader = getattr(dataset, 'reader', dataset)
         self.mode = mode
         self.is_training = is_training
         self.skip_bad = skip_bad
@@ -95,14 +97,12 @@ class Images(Dataset):
         return len(self.dataset)
 
     def _name(self, index: int) -> str:
-        samples = getattr(getattr(self.dataset, 'reader', self.dataset), 'samples', None)  # of folders
+        samples = getattr(self.reader, 'samples', None)  # of folders
         return samples[index][0] if samples else f'image {index} of {type(self.dataset).__name__}'
 
     def _read(self, index: int) -> Optional[Tuple[Image.Image, Any]]:
-        # ImageDataset.__getitem__ would log an unreadable image and return another
-        reader = getattr(self.dataset, 'reader', self.dataset)
         try:
-            image, target = reader[index]
+            image, target = self.reader[index]
             if not isinstance(image, Image.Image):
                 with image:
                     image = Image.open(image)
