@@ -180,19 +180,14 @@ def plot_arcs(
     return _save(figure, path)
 
 
-def plot_gates(path: Optional[Union[str, Path]] = None, sharpness: Sequence[float] = (1, 3, 10, 30)) -> 'Figure':
-    """Draw the gate functions, from a weight to a gate value.
-
-    Args:
-        path: Where to write the picture.
-        sharpness: Values of k for which the Gauss gate is drawn.
-    """
+def plot_gates(path: Optional[Union[str, Path]] = None) -> 'Figure':
+    """Draw the gate functions, from a weight to a gate value: the Gauss gate for several k."""
     weights = np.linspace(-4, 4, 401)
     figure = _figure(6.5, 4, 'Gate functions')
     axes = figure.subplots()
     axes.plot(weights, 1 / (1 + np.exp(-weights)), color='black', linewidth=2, label='sigmoid: $1 / (1 + e^{-w})$')
-    for k, color, style in zip(sharpness, _COLORS * len(sharpness), ('-', '--', '-.', ':') * len(sharpness)):
-        label = f'gauss: $e^{{-{k:g} w^2}}$'
+    for k, color, style in zip((1, 3, 10, 30), _COLORS, ('-', '--', '-.', ':')):
+        label = f'gauss: $e^{{-{k} w^2}}$'
         axes.plot(weights, np.exp(-k * weights ** 2), color=color, linestyle=style, label=label)
     axes.plot(weights, weights, color='grey', linewidth=1, label='linear: $w$')
     axes.set(xlabel='weight w', ylabel='gate F(w)', xlim=(-4, 4), ylim=(-0.25, 1.25))
