@@ -157,10 +157,10 @@ class Connections(nn.Module):
             source_chs: Sequence[int],
             sources: Dict[int, Sequence[int]],
             out_chs: int,
-            gate: str = 'sigmoid',
-            gate_init: Optional[float] = None,
-            rank: Optional[int] = None,
-            norm_layer: NormLayer = nn.BatchNorm2d,
+            gate: str,
+            gate_init: Optional[float],
+            rank: Optional[int],
+            norm_layer: NormLayer,
             **dd,
     ) -> None:
         """

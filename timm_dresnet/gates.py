@@ -8,7 +8,7 @@ import torch.nn as nn
 class SigmoidGate(nn.Module):
     """F(w) = 1 / (1 + exp(-w))."""
 
-    def __init__(self, size: int, init: float = 0.5, **dd) -> None:
+    def __init__(self, size: int, init: float, **dd) -> None:
         super().__init__()
         self.init = init
         self.weight = nn.Parameter(torch.empty(size, **dd))
@@ -24,7 +24,7 @@ class SigmoidGate(nn.Module):
 class GaussGate(nn.Module):
     """F(w) = exp(-k w^2), with one trained k > 0 for the whole weight array, kept positive by its logarithm."""
 
-    def __init__(self, size: int, init: float = 0.5, **dd) -> None:
+    def __init__(self, size: int, init: float, **dd) -> None:
         super().__init__()
         self.init = init
         self.weight = nn.Parameter(torch.empty(size, **dd))
@@ -43,7 +43,7 @@ class GaussGate(nn.Module):
 class LinearGate(nn.Module):
     """F(w) = w, unbounded. Its author advises against it; it is here to compare with."""
 
-    def __init__(self, size: int, init: float = 0.5, **dd) -> None:
+    def __init__(self, size: int, init: float, **dd) -> None:
         super().__init__()
         self.init = init
         # another name than that of weights which mean something else, so that those do not load here
@@ -65,7 +65,7 @@ GATES = {'sigmoid': SigmoidGate, 'gauss': GaussGate, 'linear': LinearGate}
 _LIMITED = dict(sigmoid='it has no other values', gauss='at 1 its slope is 0 and it would never train')
 
 
-def create_gate(gate: str, size: int, init: float = 0.5, **dd) -> nn.Module:
+def create_gate(gate: str, size: int, init: float, **dd) -> nn.Module:
     """Create a gate function, a key of `GATES`, for one block's weight array.
 
     It returns gate values, `[size]`, one for each connection, and starts from the value ``init``.
