@@ -113,10 +113,10 @@ class Log:
         except ModuleNotFoundError as e:
             raise ValueError(f'{e.name} is not installed, try: pip install {e.name}') from e
 
-    def start(self, model: nn.Module) -> None:
-        """Record the connections before the first epoch, as those of epoch -1."""
+    def connections(self, epoch: int, model: nn.Module) -> None:
+        """Record the connections after an epoch; those before the first one are of epoch -1."""
         if has_connections(model):
-            write_epoch(self.folder / 'connections.csv', -1, timm_dresnet.connections(model))
+            write_epoch(self.folder / 'connections.csv', epoch, timm_dresnet.connections(model))
 
     def epoch(
             self,
@@ -146,8 +146,7 @@ class Log:
             'lr': lr,
         }
         write_epoch(self.folder / 'summary.csv', epoch, [row])
-        if has_connections(model):
-            write_epoch(self.folder / 'connections.csv', epoch, timm_dresnet.connections(model))
+        self.connections(epoch, model)
         if self.tensorboard is not None:
             for key, value in row.items():
                 if value is not None:

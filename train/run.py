@@ -289,7 +289,7 @@ def _open_log(run: Run, folder: Path, checkpoint: Optional[Path]) -> Tuple[Check
     )
     log = Log(args, folder, progress['epoch'], run.num_epochs)
     if checkpoint is None:
-        log.start(run.networks[-1])
+        log.connections(-1, run.networks[-1])
         parameters = sum(p.numel() for p in run.networks[0].parameters())
         _logger.info(
             f'Training {args.model} ({parameters:,} parameters) on {len(run.train_set):,} images of '
