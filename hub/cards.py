@@ -252,7 +252,6 @@ def model_card(model: nn.Module, run: Run, name: str, files: List[str], license:
         connections=_describe_connections(model),
         run=run,
         args=run.args,
-        split=run.split,
         metrics=metrics,
         files=files,
         pictures=[(file, text) for file, text in PICTURES.items() if file in files],
