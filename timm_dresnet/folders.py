@@ -14,8 +14,6 @@ from timm.data import resolve_input_data_config
 from timm.models import get_pretrained_cfg
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-__all__ = ['atomic_folder', 'first_line', 'load_checkpoint', 'load_folder', 'replace']
-
 
 def load_folder(path: Path) -> nn.Module:
     """Load a model as `timm.create_model('local-dir:...', pretrained=True)` does, in eval mode.

@@ -12,8 +12,6 @@ import torch.nn as nn
 from PIL import ExifTags, Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 
-__all__ = ['SUFFIXES', 'Classifier', 'convert_image', 'find_images', 'label_names']
-
 _logger = logging.getLogger(__name__)
 _UPRIGHT = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,

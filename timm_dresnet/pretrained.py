@@ -11,8 +11,6 @@ from safetensors.torch import load
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, resolve_pretrained_cfg
 from timm.models import build_model_with_cfg as timm_build_model_with_cfg
 
-__all__ = ['build_model_with_cfg', 'grown_cfgs', 'packaged_classes', 'packaged_file', 'refuse_other_weights']
-
 # parameters that show the arguments of a network
 _TELLING = r'\.connections\.|\.skip_weight\.|^layer1\.0\.conv1\.bias$|^layer\d\.\d+\.conv1\.weight$'
 _ARGUMENTS = (
