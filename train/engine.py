@@ -104,7 +104,6 @@ def train_one_epoch(run: Run) -> Dict[str, Optional[float]]:
         run.loader.mixup_enabled = False
     _set_training_mode(task.get_trainable_module())
     optimizer.zero_grad()
-    second_order = getattr(optimizer, 'is_second_order', False)
 
     plain = process.primary and not sys.stderr.isatty()
     sums = torch.zeros(3, device=process.device)  # of an update: losses, correct predictions, images
@@ -120,21 +119,11 @@ def train_one_epoch(run: Run) -> Dict[str, Optional[float]]:
         need_update = (batch + 1) % accum_steps == 0 or batch + 1 == num_batches
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        clip_parameters = task.get_clip_parameters(exclude_head=args.clip_mode == 'agc')
         with nullcontext() if need_update else task.no_sync():
             with autocast(args, process.device):
                 result = task(images, targets)
             loss = result['loss'] / (remainder if num_batches - remainder <= batch < num_batches else accum_steps)
-            if run.loss_scaler is not None:
-                run.loss_scaler(
-                    loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=clip_parameters,
-                    need_update=need_update, create_graph=second_order)
-            else:
-                loss.backward(create_graph=second_order)
-                if need_update:
-                    if args.clip_grad is not None:
-                        dispatch_clip_grad(clip_parameters, value=args.clip_grad, mode=args.clip_mode)
-                    optimizer.step()
+            _learn(run, loss, need_update)
 
         with torch.no_grad():
             labels = targets.argmax(1) if targets.ndim == 2 else targets
@@ -195,6 +184,23 @@ def train_one_epoch(run: Run) -> Dict[str, Optional[float]]:
         top1=100 * correct / count,
         images_per_second=(count - first_images) / (time.perf_counter() - begin) if count > first_images else None,
     )
+
+
+def _learn(run: Run, loss: torch.Tensor, need_update: bool) -> None:
+    """The backward pass of a batch and, where it is the last of an update, the step."""
+    args, optimizer = run.args, run.optimizer
+    parameters = run.task.get_clip_parameters(exclude_head=args.clip_mode == 'agc')
+    second_order = getattr(optimizer, 'is_second_order', False)
+    if run.loss_scaler is not None:
+        run.loss_scaler(
+            loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=parameters,
+            need_update=need_update, create_graph=second_order)
+        return
+    loss.backward(create_graph=second_order)
+    if need_update:
+        if args.clip_grad is not None:
+            dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
+        optimizer.step()
 
 
 def _read(sums: List[torch.Tensor], status: Sequence[float], process: Process) -> List[List[float]]:
