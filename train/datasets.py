@@ -218,7 +218,7 @@ def _name_unread(folder: str) -> None:
 
 
 def _check_class_folders(reader: Any) -> None:
-    """Refuse images outside of class folders, and folders of one name in different ones: timm takes them for one class."""
+    """Refuse images outside of class folders, and several folders of one name, which are one class to timm."""
     folders: Dict[str, str] = {}
     for folder in sorted({os.path.dirname(path) for path, _ in reader.samples}):
         other = folders.setdefault(os.path.basename(folder), folder)
