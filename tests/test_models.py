@@ -155,6 +155,17 @@ def test_compile_without_graph_breaks(name):
     torch.testing.assert_close(*(dict(m.named_buffers()) for m in (model, reference)), rtol=1e-4, atol=1e-4)
 
 
+def test_compiled_for_images_of_any_size():
+    """In training, where it depends on their size whether norms fold."""
+    model = create('test_dresnet')
+    reference = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    for size in (64, 96, 16, 80):
+        x = images(size=size)
+        assert_close(compiled(x), reference(x))
+
+
 def check_export_and_onnx(model, x, path):
     expected = model(x).detach()
     program = torch.export.export(model, (x,))

@@ -227,8 +227,8 @@ class Connections(nn.Module):
             folds = (y is None or norm.training) and projection.can_fold(y) and (
                 conv.in_channels <= max(64, conv.out_channels) if y is None
                 else conv.in_channels ** 2 <= 16 * conv.out_channels and y.numel() >= 8 * conv.in_channels)
-            key = (projection.targets, norm.eps) if folds else (k,)
-            groups.setdefault((folds, *key), []).append(projection)
+            key = (True, projection.targets, norm.eps) if folds else (False, k)  # folds may be symbolic
+            groups.setdefault(key, []).append(projection)
         return [(folds, group) for (folds, *_), group in groups.items()]
 
     def project(self, flow: Flow) -> None:
