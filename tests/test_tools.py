@@ -8,7 +8,9 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.models.resnet import BasicBlock
 from timm.utils import reparameterize_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrizations, prune
@@ -163,16 +165,19 @@ def one_process():
 
 
 @models
-def test_sharding_of_every_leaf(name, one_process):
+@pytest.mark.parametrize('parts', ['leaves', 'stages'])
+def test_sharding(name, parts, one_process):
+    """Of every leaf, or of stages and of their connections."""
     kwargs = dict(gate='gauss') if name.startswith('dresnet') else {}
     model = create(name, **kwargs).train()
     assert all(p.ndim for p in model.parameters())  # the older FSDP takes no parameter without a dimension
     x = images(batch=4, size=32)
     expected = copy.deepcopy(model)(x)
     mesh = torch.distributed.init_device_mesh('cpu', (1,))
-    for module in [*model.modules()]:
-        if list(module.parameters(recurse=False)):
-            fully_shard(module, mesh=mesh)
+    stages = [*getattr(model, 'connections', {}).values(), *(getattr(model, stage) for stage in model.stage_names)]
+    leaves = [module for module in model.modules() if list(module.parameters(recurse=False))]
+    for module in stages if parts == 'stages' else leaves:
+        fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     output = model(x)
     assert_close(output, expected)
@@ -183,6 +188,18 @@ def test_sharding_of_every_leaf(name, one_process):
             if isinstance(value, DTensor):
                 value.to_local().zero_()
     assert not any(p.full_tensor().any() for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', ['test_dresnet', 'test_adaresnet'])
+def test_weights_of_wrapped_blocks(name):
+    """Load into blocks that are wrapped, whose parameters have other names there."""
+    model, weights = create(name), create(name, pretrained=True).state_dict()
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, BasicBlock))
+    model.load_state_dict(weights)
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+    of_resnet = {key: value for key, value in weights.items() if 'skip_weight' not in key and 'connections' not in key}
+    with pytest.raises(RuntimeError, match='those of a ResNet'):
+        model.load_state_dict(of_resnet)
 
 
 def test_large_means():

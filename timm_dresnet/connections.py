@@ -7,7 +7,6 @@ Three things make this cheap without changing the function:
 * When fused, and in training where that takes no longer, norms and gates fold into kernels, and the sources at hand
   share one convolution.
 """
-from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -84,9 +83,10 @@ class Projection(nn.Module):
         self.conv.weight, self.conv.bias = nn.Parameter(kernel, trained), nn.Parameter(bias, trained)
 
 
-@dataclass
 class Flow:
     """What one forward pass of a network carries from block to block.
+
+    It is no dataclass: FSDP hands copies of those on, and what a stage notes there would be lost.
 
     Attributes:
         stages: For each to come, the connections to its shape, if there are any, and whether it halves the resolution.
@@ -98,14 +98,14 @@ class Flow:
         gates: By source, gate values of the connections at hand.
         sums: By targets, whose channels lie side by side, what connections add to their inputs, so far.
     """
-    stages: List[Tuple[Any, bool]]
-    grad_checkpointing: bool = False
-    block: int = 0
-    connections: Any = None
-    sent: Dict[int, torch.Tensor] = field(default_factory=dict)
-    later: Dict[int, torch.Tensor] = field(default_factory=dict)
-    gates: Dict[int, torch.Tensor] = field(default_factory=dict)
-    sums: Dict[Tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+
+    def __init__(self, stages: List[Tuple[Any, bool]], grad_checkpointing: bool) -> None:
+        self.stages, self.grad_checkpointing = stages, grad_checkpointing
+        self.block, self.connections = 0, None
+        self.sent: Dict[int, torch.Tensor] = {}
+        self.later: Dict[int, torch.Tensor] = {}
+        self.gates: Dict[int, torch.Tensor] = {}
+        self.sums: Dict[Tuple[int, ...], torch.Tensor] = {}
 
     def receive(self, y: torch.Tensor) -> torch.Tensor:
         """The input of the next block, from the output of the block before, both `[B, C, H, W]`."""

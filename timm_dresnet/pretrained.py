@@ -113,7 +113,7 @@ def refuse_other_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor]) 
             name: tensor.shape for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)
             and re.search(_TELLING, name) and not re.search(r'\.running_|\.num_batches_', name)}
 
-    there = find(dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()]))  # frozen norms' too
+    there = find(model.state_dict(keep_vars=True))  # under the names that are saved, also where blocks are wrapped
     given = find(state_dict)
     parts = {name.split('.')[0] for name in there} & {name.split('.')[0] for name in given}  # of a network cut short
     different = [
