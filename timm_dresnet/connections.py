@@ -101,7 +101,8 @@ class Flow:
 
     def __init__(self, stages: List[Tuple[Any, bool]], grad_checkpointing: bool) -> None:
         self.stages, self.grad_checkpointing = stages, grad_checkpointing
-        self.block, self.connections = 0, None
+        self.block = 0
+        self.connections: Any = None
         self.sent: Dict[int, torch.Tensor] = {}
         self.later: Dict[int, torch.Tensor] = {}
         self.gates: Dict[int, torch.Tensor] = {}
