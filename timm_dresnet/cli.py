@@ -227,7 +227,7 @@ def export_command(args: argparse.Namespace) -> None:
     images = Classifier(model).read_sample(args.images, _MAX_MEASURED) if args.int8 else None
     size = resolve_model_data_config(model, use_test_size=True)['input_size']
     fused = reparameterize_model(model)
-    with _model_folder(args.folder) as folder:
+    with _written(args.folder, args.folder) as folder:
         save_config_for_hf(model, str(folder / 'config.json'))
         onnx_export(
             fused, str(folder / 'model.onnx'), input_size=size, batch_size=2, use_dynamo=True,
@@ -252,6 +252,8 @@ def _written(path: Path, folder: Path) -> Iterator[Path]:
             yield new
     except (OSError, SafetensorError) as e:
         raise ValueError(f'{path} cannot be written: {getattr(e, "strerror", None) or e}.') from e
+    size = f', {sum(file.stat().st_size for file in path.iterdir()) / 1e6:.1f} MB' if path.is_dir() else ''
+    print(f'Wrote {path}{size}', file=sys.stderr)
 
 
 @contextmanager
@@ -263,7 +265,6 @@ def _picture(path: Path) -> Iterator[Path]:
     path = path if path.suffix else path.with_suffix('.png')  # as matplotlib names it
     with _written(path, path.parent) as new:
         yield new / path.name
-    print(f'Wrote {path}', file=sys.stderr)
 
 
 def _check_folder(path: Path, weights: str, force: bool) -> None:
@@ -278,15 +279,8 @@ def _check_folder(path: Path, weights: str, force: bool) -> None:
             raise ValueError(f'{path} holds {name}, beside which no other model can be written: give another name.')
 
 
-@contextmanager
-def _model_folder(path: Path) -> Iterator[Path]:
-    with _written(path, path) as new:
-        yield new
-    print(f'Wrote {path}, {sum(f.stat().st_size for f in path.iterdir()) / 1e6:.1f} MB', file=sys.stderr)
-
-
 def _write_model(model: nn.Module, path: Path) -> None:
-    with _model_folder(path) as folder:
+    with _written(path, path) as folder:
         save_for_hf(model, str(folder), safe_serialization=True)
 
 
