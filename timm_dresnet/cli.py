@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
-from timm.models import get_pretrained_cfg, list_models, save_for_hf
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, list_models, save_for_hf
 from timm.models._hub import save_config_for_hf
 from timm.utils import reparameterize_model
 
@@ -31,6 +31,20 @@ from .images import Classifier, find_images
 
 _MAX_MEASURED = 128  # images to measure on, in one batch
 _BATCH = 32
+
+
+def check_model_name(name: str, what: str = 'model') -> None:
+    """Raise a ValueError if timm knows no model of this name and tag."""
+    if ':' in name:
+        return
+    architecture, _, tag = name.partition('.')
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, list_models())
+        hint = f'did you mean {" or ".join(near)}?' if near else 'timm.list_models() lists all.'
+        raise ValueError(f'There is no {what} {name!r}: {hint}')
+    if tag and name not in get_arch_pretrained_cfgs(architecture):
+        raise ValueError(f"There is no model {name!r}. Invalid pretrained tag {tag!r}: "
+                         f"timm.list_pretrained('{architecture}.*') lists all.")
 
 
 def load(name: str, pretrained: bool = True, families: Sequence[str] = ()) -> nn.Module:
@@ -51,18 +65,12 @@ def load(name: str, pretrained: bool = True, families: Sequence[str] = ()) -> nn
         return load_folder(folder)
     if Path(name).is_file():
         return load_checkpoint(Path(name))
+    check_model_name(name, 'folder and no model')
     if ':' not in name:
         architecture, _, tag = name.partition('.')
-        if not timm.is_model(architecture):
-            near = difflib.get_close_matches(architecture, list_models())
-            hint = f'Did you mean {" or ".join(near)}?' if near else 'timm.list_models() lists all.'
-            raise ValueError(f'There is no folder and no model {name}. {hint}')
         module = timm.models.model_entrypoint(architecture).__module__
         if families and module not in [f'timm_dresnet.{family.lower()}' for family in (*families, 'growing')]:
             raise ValueError(f'{name} is not a {" or ".join(families)}, and so has no learned connections.')
-        if tag and name not in timm.list_pretrained(f'{architecture}.*'):
-            raise ValueError(
-                f"{architecture} has no weights {tag!r}: timm.list_pretrained('{architecture}.*') lists all.")
         if pretrained and not tag and not timm.models.is_model_pretrained(architecture):
             raise ValueError(f'{architecture} comes without weights: train it, and give the folder of the run.')
     try:

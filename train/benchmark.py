@@ -29,11 +29,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from timm_dresnet.cli import positive
+from timm_dresnet.cli import check_model_name, positive
 from timm_dresnet.folding import fold_norms
 
 from .arguments import KeyValues
-from .build import check_model_name, set_up_process
+from .build import set_up_process
 from .results import format_head, format_row
 
 _PAIRS = [('dresnet18', 'resnet18'), ('adaresnet50', 'resnet50'), ('dresnet50', 'resnet50')]

@@ -1,6 +1,5 @@
 """What a run is made of: device, model, task and optimizer, from its arguments."""
 import argparse
-import difflib
 import os
 from dataclasses import dataclass
 from typing import Any, Dict, Optional
@@ -13,6 +12,8 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwarg
 from timm.task import ClassificationTask
 from timm.utils import is_distributed_env
 from timm.utils.distributed import init_distributed_device_so
+
+from timm_dresnet.cli import check_model_name
 
 _NOT_FUSED = {'foreach', 'differentiable'}
 
@@ -56,20 +57,6 @@ def computes_bfloat16() -> bool:
     """Whether the CPU has instructions for bfloat16, as far as PyTorch can tell."""
     found = getattr(torch.cpu, 'get_capabilities', dict)()  # of newer PyTorch
     return any(found.get(name) for name in ('amx_bf16', 'avx512_bf16'))
-
-
-def check_model_name(name: str) -> None:
-    """Raise a ValueError if timm knows no model of this name and tag."""
-    if ':' in name:
-        return
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models())
-        hint = f', did you mean {" or ".join(near)}?' if near else '.'
-        raise ValueError(f'There is no model {name!r}{hint}')
-    try:
-        timm.get_pretrained_cfg(name)
-    except RuntimeError as e:
-        raise ValueError(f'There is no model {name!r}: {e}') from e
 
 
 def create_model(args: argparse.Namespace) -> torch.nn.Module:
