@@ -150,20 +150,18 @@ def test_card_of_a_folder_of_images(folder, tmp_path, capsys):
         'model,size,dataset,split,loss,top1,top5\n'
         + ''.join(f'{folder.resolve()},32x32,{measured}\n' for measured in (
             'digits,validation,1,50,60', 'digits,train,1,90,95', 'others,validation,1,20,30', '')))
-    (tmp_path / 'new').mkdir()
-    build(Upload(folder, 'alice/model'), tmp_path / 'new')
-    card = (tmp_path / 'new/README.md').read_text()
+    build(Upload(folder, 'alice/model'), tmp_path)
+    card = (tmp_path / 'README.md').read_text()
     assert '2 epochs on digits at 32x32, ' in card and '3: a\\|b, c d, e |' in card
     assert '| 50.00 | 60.00 |' in card
-    assert (tmp_path / 'new/validation.csv').read_text().splitlines()[1:] == ['run,32x32,digits,validation,1,50,60']
+    assert (tmp_path / 'validation.csv').read_text().splitlines()[1:] == ['run,32x32,digits,validation,1,50,60']
     run_snippets(card.replace('hf-hub:alice/model', f'local-dir:{folder}'), capsys)
 
 
 def test_card_of_another_model(tmp_path):
     save_for_hf(timm.create_model('test_vit'), tmp_path / 'run', safe_serialization=True)
-    (tmp_path / 'new').mkdir()
-    build(Upload(tmp_path / 'run', 'alice/vit'), tmp_path / 'new')
-    assert ModelCard.load(tmp_path / 'new/README.md').data.tags[-1] == 'visiontransformer'
+    build(Upload(tmp_path / 'run', 'alice/vit'), tmp_path)
+    assert ModelCard.load(tmp_path / 'README.md').data.tags[-1] == 'visiontransformer'
 
 
 def test_card_of_the_author(alice, push, folder):
@@ -186,10 +184,9 @@ def test_card_says_what_the_training_started_from(folder, tmp_path, args, start,
     args.update(epochs=2, seed=1, opt='sgd', lr=0.1, batch_size=8)
     args.update(dataset='hfds/alice/birds', val_split='test', target_key='the label')
     (folder / 'args.yaml').write_text(yaml.safe_dump(args))
-    (tmp_path / 'new').mkdir()
-    build(Upload(folder, 'alice/model'), tmp_path / 'new')
-    card = ModelCard.load(tmp_path / 'new/README.md')
-    assert '/home' not in (tmp_path / 'new/args.yaml').read_text()
+    build(Upload(folder, 'alice/model'), tmp_path)
+    card = ModelCard.load(tmp_path / 'README.md')
+    assert '/home' not in (tmp_path / 'args.yaml').read_text()
     assert card.data.base_model == base_model and card.data.datasets == ['alice/birds']
     assert '2 epochs on alice/birds at 32x32, seed 1, sgd, learning rate 0.1, batches of 8, ' in card.text
     assert f', starting from {start}.\n' in card.text
