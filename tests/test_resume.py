@@ -80,19 +80,14 @@ def assert_same(folder, expected):
     assert not [path for path in folder.iterdir() if path.name.startswith('.') or 'recovery' in path.name]
 
 
-@pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory):
-    output = tmp_path_factory.mktemp('uninterrupted')
-    finish(start(output))
-    return output / 'digits'
-
-
-def test_stopped_and_resumed(uninterrupted, tmp_path):
+def test_stopped_and_resumed(tmp_path):
     """By a signal to all processes, as a terminal, a container or a cluster sends it."""
-    first = start(tmp_path, '--workers', 2, start_new_session=True)
+    finish(start(tmp_path / 'uninterrupted'))
+    output = tmp_path / 'stopped'
+    first = start(output, '--workers', 2, start_new_session=True)
     wait_for(first, 'epoch   1/3')
     os.killpg(first.pid, signal.SIGSTOP)  # so that the second finds it at work, however fast it is
-    second = start(tmp_path)
+    second = start(output)
     _, log = second.communicate()
     assert second.returncode == 1 and re.search(r'error: Another process trains into \S+digits', log), log
     os.killpg(first.pid, signal.SIGTERM)
@@ -100,10 +95,10 @@ def test_stopped_and_resumed(uninterrupted, tmp_path):
     _, log = first.communicate()
     assert first.returncode == 128 + signal.SIGTERM and 'Traceback' not in log, log
     assert re.search(r'Stopped.*same command.*recovery-\d+-\d+\.pth\.tar', log), log
-    log = finish(start(tmp_path, '--workers', 0))  # nor does the number of worker processes matter
+    log = finish(start(output, '--workers', 0))  # nor does the number of worker processes matter
     assert re.search('Resuming from .*recovery', log)
-    assert_same(tmp_path / 'digits', uninterrupted)
-    assert [path.name for path in tmp_path.iterdir()] == ['digits']
+    assert_same(output / 'digits', tmp_path / 'uninterrupted/digits')
+    assert [path.name for path in output.iterdir()] == ['digits']
 
 
 def test_stopped_in_validation(tmp_path, monkeypatch):
