@@ -255,18 +255,17 @@ def test_images_of_phones_and_of_other_formats(tmp_path, caplog):
 
 
 @pytest.mark.parametrize('files,words', [
-    (['a/images/0.png', 'b/images/0.png'], ['train/a/images', 'train/b/images', 'one class']),
-    (['a/x/0.png', 'b/y/x/0.png'], ['train/a/x', 'train/b/y/x', 'one class']),
-    (['0.png', 'a/0.png'], ['holds images itself']),
+    (['a/images/0.png', 'b/images/0.png'], 'train/a/images.*train/b/images.*one class'),
+    (['a/x/0.png', 'b/y/x/0.png'], 'train/a/x.*train/b/y/x.*one class'),
+    (['0.png', 'a/0.png'], 'holds images itself'),
 ], ids=str)
 def test_other_folders_than_those_of_classes(files, words, tmp_path):
     """timm names a class by the last folder: it would take these for one, and images in none for one without a name."""
     for file in files:
         (tmp_path / 'train' / file).parent.mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (8, 8)).save(tmp_path / 'train' / file)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f'one folder for each class.*{words}'):
         train_loader('--data-dir', tmp_path)
-    assert all(word in str(error.value) for word in ['one folder for each class', *words])
 
 
 def test_folders_without_images(tmp_path):
@@ -280,14 +279,13 @@ def test_folders_without_images(tmp_path):
 
 
 @pytest.mark.parametrize('args,words', [
-    (['--data-dir', '/no/such/folder'], ['/no/such/folder']),
-    (['--data-dir', 'x', '--dataset', 'ImageFolder'], ['no folder x']),
-    (['--dataset', 'torch/nothing', '--data-dir', '.'], ['torch/nothing']),
-    (['--dataset', 'digits', '--mixup', 1, '--batch-size', 31], ['even', '31']),
-    (['--dataset', 'digits', '--input-img-mode', 'RGBA'], ['3 channels', 'RGBA', '--in-chans']),
-    (['--dataset', 'digits', '--train-split', 'test'], ['train', 'validation', "'test'"]),
+    (['--data-dir', '/no/such/folder'], '/no/such/folder'),
+    (['--data-dir', 'x', '--dataset', 'ImageFolder'], 'no folder x'),
+    (['--dataset', 'torch/nothing', '--data-dir', '.'], 'torch/nothing'),
+    (['--dataset', 'digits', '--mixup', 1, '--batch-size', 31], 'even.*31'),
+    (['--dataset', 'digits', '--input-img-mode', 'RGBA'], '3 channels.*RGBA.*--in-chans'),
+    (['--dataset', 'digits', '--train-split', 'test'], "train.*validation.*'test'"),
 ])
 def test_errors(args, words):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=words):
         train_loader(*args)
-    assert all(word in str(error.value) for word in words)

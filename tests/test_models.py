@@ -215,29 +215,28 @@ def test_arguments_of_resnet(kwargs):
 
 
 @pytest.mark.parametrize('name,kwargs,words', [
-    ('dresnet18', dict(gates='gauss'), ["DResNet has no argument 'gates'", ' gate,', ' act_layer,']),
-    ('dresnet18', dict(gate='sigmod'), ['gate', 'sigmoid', 'gauss', 'linear', 'sigmod']),
-    ('dresnet18', dict(gate_init=1.), ['gate_init', '1.0']),
-    ('dresnet18_gauss', dict(gate_init=1.), ['gate_init', 'slope']),
-    ('dresnet18', dict(connection_rank=-1), ['connection_rank', '-1']),
-    ('dresnet18', dict(connected_stages=0), ['connected_stages', '0']),
-    ('dresnet18', dict(pruned_connections=[(3, 2)]), ['into block 3 from block 2']),
-    ('dresnet18', dict(stem_type='cifra'), ['stem_type', 'cifar', 'cifra']),
-    ('dresnet18', dict(output_stride=7), ['output_stride', '8, 16, 32', '7']),
-    ('dresnet18', dict(layers=(2, 2)), ['layers', 'channels']),
-    ('adaresnet18', dict(skip_weight='x'), ['skip_weight', 'per_block', 'per_kind', 'shared', 'x']),
-    ('adaresnet18', dict(skip_init='x'), ['skip_init', 'x']),
-    ('adaresnet18', dict(skip_init=0., zero_init_last=True), ['zero_init_last', 'skip_init']),
-    ('adaresnet', dict(grown_from='resnet18', skip_init=0., zero_init_last=True), ['zero_init_last', 'skip_init']),
-    ('dresnet', dict(grown_from='resnet999'), ['grown_from', 'resnet999', 'grow(model)']),
-    ('adaresnet18d', dict(stem_type='cifar'), ['stem_type', 'resnet18d']),
-    ('plainnet18', dict(zero_init_last=True), ['zero_init_last']),
-    ('plainnet18', dict(drop_path_rate=0.1), ['drop_path_rate']),
+    ('dresnet18', dict(gates='gauss'), "DResNet has no argument 'gates'.* act_layer,.* gate,"),
+    ('dresnet18', dict(gate='sigmod'), 'gate.*sigmoid.*gauss.*linear.*sigmod'),
+    ('dresnet18', dict(gate_init=1.), 'gate_init.*1.0'),
+    ('dresnet18_gauss', dict(gate_init=1.), 'gate_init.*slope'),
+    ('dresnet18', dict(connection_rank=-1), 'connection_rank.*-1'),
+    ('dresnet18', dict(connected_stages=0), 'connected_stages.*0'),
+    ('dresnet18', dict(pruned_connections=[(3, 2)]), 'into block 3 from block 2'),
+    ('dresnet18', dict(stem_type='cifra'), 'stem_type.*cifar.*cifra'),
+    ('dresnet18', dict(output_stride=7), 'output_stride.*8, 16, 32.*7'),
+    ('dresnet18', dict(layers=(2, 2)), 'layers.*channels'),
+    ('adaresnet18', dict(skip_weight='x'), 'skip_weight.*per_block.*per_kind.*shared.*x'),
+    ('adaresnet18', dict(skip_init='x'), 'skip_init.*x'),
+    ('adaresnet18', dict(skip_init=0., zero_init_last=True), 'zero_init_last.*skip_init'),
+    ('adaresnet', dict(grown_from='resnet18', skip_init=0., zero_init_last=True), 'zero_init_last.*skip_init'),
+    ('dresnet', dict(grown_from='resnet999'), r'grown_from.*resnet999.*grow\(model\)'),
+    ('adaresnet18d', dict(stem_type='cifar'), 'stem_type.*resnet18d'),
+    ('plainnet18', dict(zero_init_last=True), 'zero_init_last'),
+    ('plainnet18', dict(drop_path_rate=0.1), 'drop_path_rate'),
 ])
 def test_wrong_arguments(name, kwargs, words):
-    with pytest.raises((TypeError, ValueError)) as error:
+    with pytest.raises((TypeError, ValueError), match=words):
         timm.create_model(name, **kwargs)
-    assert all(word in str(error.value) for word in words)
 
 
 def test_freezing_stages_freezes_their_connections():

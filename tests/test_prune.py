@@ -115,16 +115,15 @@ def test_frozen_gates_stay_frozen():
 
 
 @pytest.mark.parametrize('wrap,arguments,words', [
-    (None, dict(), ['min_gate', 'min_effect', 'keep']),
-    (None, dict(min_gate=0.1, keep=0.5), ['one of']),
-    (None, dict(min_effect=0.1), ['images']),
-    (None, dict(min_gate=float('nan')), ['min_gate', 'nan']),
-    (None, dict(keep=1.5), ['between 0 and 1', '1.5']),
-    (ModelEmaV3, dict(keep=0.5), ['ModelEma', 'the network itself']),
-    (reparameterize_model, dict(min_gate=0.1), ['fused']),
+    (None, dict(), 'min_gate.*min_effect.*keep'),
+    (None, dict(min_gate=0.1, keep=0.5), 'one of'),
+    (None, dict(min_effect=0.1), 'images'),
+    (None, dict(min_gate=float('nan')), 'min_gate.*nan'),
+    (None, dict(keep=1.5), 'between 0 and 1.*1.5'),
+    (ModelEmaV3, dict(keep=0.5), 'ModelEma.*the network itself'),
+    (reparameterize_model, dict(min_gate=0.1), 'fused'),
 ])
 def test_errors(wrap, arguments, words):
     model = timm.create_model('test_dresnet')
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=words):
         prune_connections(wrap(model) if wrap else model, **arguments)
-    assert all(word in str(error.value) for word in words)
