@@ -167,17 +167,13 @@ def cut(resnet):
     return resnet
 
 
-def shorten(resnet):
-    resnet.prune_intermediate_layers([2])
-    return resnet
-
-
 @pytest.mark.parametrize('make,kind,kwargs,words', [
     (lambda: timm.create_model('resnet18', features_only=True), 'dresnet', {}, 'FeatureListNet.*features_only'),
     (lambda: timm.create_model('test_vit'), 'dresnet', {}, 'a ResNet of timm.*VisionTransformer'),
     (lambda: timm.create_model('test_dresnet'), 'dresnet', {}, 'without learned connections.*DResNet'),
     (lambda: cut(timm.create_model('test_resnet')), 'dresnet', {}, 'a whole ResNet.*layer4'),
-    (lambda: shorten(timm.create_model('test_resnet')), 'dresnet', {}, 'a whole ResNet.*layer3'),
+    (lambda: timm.create_model('test_resnet', features_only=True, feature_cls='getter', out_indices=[2]).model,
+     'dresnet', {}, 'a whole ResNet.*layer3'),
     (lambda: timm.create_model('skresnet18'), 'adaresnet', {}, 'SelectiveKernelBasic'),
     (lambda: timm.create_model('test_resnet'), 'plainnet', {}, "'dresnet', 'adaresnet', got 'plainnet'"),
     (lambda: timm.create_model('test_resnet'), 'adaresnet', dict(gate='gauss'), "skip_weight.*not 'gate'"),
