@@ -5,7 +5,6 @@ import sys
 import sysconfig
 import venv
 import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -41,10 +40,8 @@ def python(request, tmp_path_factory, wheel):
     folder = tmp_path_factory.mktemp(request.param)
     venv.create(folder / 'env', symlinks=True)
     python = folder / 'env' / 'bin' / 'python'
-    site = subprocess.run(
-        [python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'], check=True, capture_output=True,
-        text=True).stdout.strip()
-    Path(site, 'borrowed.pth').write_text(sysconfig.get_path('purelib'))
+    site, = folder.glob('env/lib/python*/site-packages')
+    (site / 'borrowed.pth').write_text(sysconfig.get_path('purelib'))
     source = [wheel] if request.param == 'wheel' else ['--editable', ROOT]
     subprocess.run([*PIP, '--python', python, 'install', *OPTIONS, *source], check=True)
     return python
