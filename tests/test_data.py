@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
+from timm_dresnet.images import convert_image
 from train.arguments import parse_args
 from train.build import Process
 from train.datasets import BadImageError, Digits, class_names, count_bad_images, open_dataset
@@ -246,11 +247,14 @@ def test_images_of_phones_and_of_other_formats(tmp_path, caplog):
     image.save(tmp_path / 'validation/a/0.webp', lossless=True)
     image.rotate(90).save(tmp_path / 'validation/a/1.png', exif=exif)
     image.save(tmp_path / 'validation/a/2.png', exif=b'Exif\0\0damaged')
+    image.rotate(90).save(tmp_path / 'validation/a/3.tif', exif={0x112: 6})
     for name in ('notes.txt', 'x.heic', 'y.heic'):
         (tmp_path / 'validation/a' / name).touch()
     for _ in range(2):
         (images, _), = eval_loader('--data-dir', tmp_path)
-    assert len(images) == 3 and (images == images[0]).all()
+    assert len(images) == 4 and (images == images[0]).all()
+    for path in tmp_path.glob('validation/a/[0-3]*'):
+        assert convert_image(Image.open(path), 'RGB').tobytes() == image.tobytes()
     assert caplog.text.count('not read as images: 2 .heic, 1 .txt') == 1
 
 

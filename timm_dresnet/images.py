@@ -51,6 +51,7 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
 
     Of floating point, images in the range from 0 to 1 are scaled.
     """
+    image.load()  # which turns a TIFF, and takes its orientation away
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # whatever damaged tags make PIL raise, which reads the image without them
