@@ -257,7 +257,6 @@ def test_loss_that_is_not_finite(tmp_path):
     (['--device', 'cpu', '--sync-bn'], ['--sync-bn needs CUDA']),
     (['--smoothing', '1'], ['--smoothing must be']),
     (['--pretrained-path', __file__], ['test_train.py', 'weights_only']),
-    (['--initial-checkpoint', 'output/digits'], ['output/digits is no file', 'model.safetensors']),
     (['--dataset', 'torch/cifar10'], ['--dataset torch/cifar10 --data-dir None']),
     (['--initial-checkpoint', packaged_file('dresnet20_cifar.c10'), '--num-classes', '12', '--in-chans', '3'],
      ['dresnet20_cifar.c10', 'size mismatch for fc.weight']),

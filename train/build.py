@@ -86,9 +86,10 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
         source = args.initial_checkpoint or args.pretrained_path or (args.pretrained and '--pretrained')
         if not source:
             raise
-        if isinstance(e, FileNotFoundError) and not e.args:  # timm's own
-            raise ValueError(f'{source} is no file: give that of the weights, such as model.safetensors.') from e
-        raise ValueError(f'{source}: {" ".join(str(e).split())[:300] or type(e).__name__}') from e
+        reason = ' '.join(str(e).split())[:300] or type(e).__name__
+        if reason == 'FileNotFoundError':  # timm's own, without a word
+            reason = 'there is no such file, give that of the weights, such as model.safetensors.'
+        raise ValueError(f'{source}: {reason}') from e
     if args.bn_momentum is not None:
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
