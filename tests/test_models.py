@@ -217,7 +217,7 @@ def test_arguments_of_resnet(kwargs):
 @pytest.mark.parametrize('name,kwargs,words', [
     ('dresnet18', dict(gates='gauss'), "DResNet has no argument 'gates'.* act_layer,.* gate,"),
     ('dresnet18', dict(gate='sigmod'), 'gate.*sigmoid.*gauss.*linear.*sigmod'),
-    ('dresnet18', dict(gate_init=1.), 'gate_init.*1.0'),
+    ('dresnet18', dict(gate_init=1.), r'gate_init.*1\.0'),
     ('dresnet18_gauss', dict(gate_init=1.), 'gate_init.*slope'),
     ('dresnet18', dict(connection_rank=-1), 'connection_rank.*-1'),
     ('dresnet18', dict(connected_stages=0), 'connected_stages.*0'),

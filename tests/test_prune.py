@@ -119,7 +119,7 @@ def test_frozen_gates_stay_frozen():
     (None, dict(min_gate=0.1, keep=0.5), 'one of'),
     (None, dict(min_effect=0.1), 'images'),
     (None, dict(min_gate=float('nan')), 'min_gate.*nan'),
-    (None, dict(keep=1.5), 'between 0 and 1.*1.5'),
+    (None, dict(keep=1.5), r'between 0 and 1.*1\.5'),
     (ModelEmaV3, dict(keep=0.5), 'ModelEma.*the network itself'),
     (reparameterize_model, dict(min_gate=0.1), 'fused'),
 ])
