@@ -137,6 +137,8 @@ def test_grown_by_name():
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
         torch.testing.assert_close(model(x), resnet(x), rtol=1e-5, atol=1e-5)
         assert model.pretrained_cfg['mean'] == resnet.pretrained_cfg['mean']
+        assert model.pretrained_cfg.get('tag') in (None, 'init_ra2_in1k')  # not the ResNet's
+    assert resnet.pretrained_cfg['tag'] and not timm_dresnet.grow(resnet).pretrained_cfg['tag']
     with pytest.raises(ValueError, match='start from 1: leave skip_init out'):
         timm.create_model('adaresnet18d', pretrained=True, pretrained_cfg_overlay=overlay, skip_init=0.)
     for name in timm_dresnet.growing._NAMES:
@@ -162,6 +164,10 @@ def test_grown_on_the_meta_device(kind):
     torch.testing.assert_close(model.eval()(x), resnet.eval()(x))
 
 
+class OwnResNet(timm.models.resnet.ResNet):
+    """Whose methods the network that is grown would not have."""
+
+
 def cut(resnet):
     resnet.layer4 = torch.nn.Identity()
     return resnet
@@ -171,6 +177,7 @@ def cut(resnet):
     (lambda: timm.create_model('resnet18', features_only=True), 'dresnet', {}, 'FeatureListNet.*features_only'),
     (lambda: timm.create_model('test_vit'), 'dresnet', {}, 'a ResNet of timm.*VisionTransformer'),
     (lambda: timm.create_model('test_dresnet'), 'dresnet', {}, 'without learned connections.*DResNet'),
+    (lambda: OwnResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1)), 'dresnet', {}, 'a ResNet of timm.*OwnResNet'),
     (lambda: cut(timm.create_model('test_resnet')), 'dresnet', {}, 'a whole ResNet.*layer4'),
     (lambda: timm.create_model('test_resnet', features_only=True, feature_cls='getter', out_indices=[2]).model,
      'dresnet', {}, 'a whole ResNet.*layer3'),

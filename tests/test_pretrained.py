@@ -99,9 +99,9 @@ def test_untrained():
         model, resnet = timm.create_model(name), timm.create_model(baseline)
         assert model.num_classes == resnet.num_classes == 1000
         assert resolve_model_data_config(model) == resolve_model_data_config(resnet)
-    for name, kwargs in ('dresnext50_32x4d', {}), ('dresnet', dict(grown_from='resnext50_32x4d')):
+    for name, kwargs in ('dresnet18', {}), ('dresnext50_32x4d', {}), ('dresnet', dict(grown_from='resnext50_32x4d')):
         config = timm.create_model(name, device='meta', **kwargs).pretrained_cfg
-        assert not any(config.get(key) for key in ('license', 'origin_url', 'tag', 'hf_hub_id'))  # those of weights
+        assert not any(config.get(key) for key in ('url', 'license', 'origin_url', 'tag', 'hf_hub_id'))  # of weights
     model = timm.create_model('dresnet20_cifar')
     assert model.num_classes == 10 and model.pretrained_cfg['input_size'] == (3, 32, 32)
 

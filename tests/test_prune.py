@@ -108,6 +108,16 @@ def test_what_is_removed(limits, strength):
         assert all((values[p] < limit) == (p in removed) for p in values)
 
 
+def test_other_parameters_stay_as_they_are():
+    """So optimizers keep their state."""
+    model = timm.create_model('dresnet18')
+    before = dict(model.named_parameters())
+    model.prune_connections([(7, 1)])
+    changed = {name.split('connections.')[1] for name, p in model.named_parameters() if p is not before[name]}
+    assert changed == {f'{part}.weight' for part in ('gates.7', 'projections.1.conv', 'projections.1.norm')} | {
+        'projections.1.norm.bias'}
+
+
 def test_frozen_gates_stay_frozen():
     model = timm.create_model('test_dresnet').requires_grad_(False)
     prune_connections(model, keep=0.5)

@@ -2,6 +2,7 @@
 import argparse
 import logging
 import re
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -20,7 +21,7 @@ from train import validate
 from train.__main__ import main
 from train.arguments import parse_args
 from train.checkpoints import newest
-from train.datasets import Digits
+from train.datasets import Digits, check_classes
 from train.run import resume
 
 RECIPE = ROOT / 'train' / 'recipes' / 'digits.yaml'
@@ -147,6 +148,10 @@ def test_classes_that_do_not_fit(tmp_path):
             ([*of_folder, '--num-classes', 2], '3 classes, the model 2: see --num-classes')):
         with pytest.raises(SystemExit, match=message):
             train(tmp_path, *args)
+    imagenet = SimpleNamespace(classes=[('crane', 'a bird'), ('ox',), ('crane', 'a machine')])  # as torchvision has it
+    check_classes(imagenet, 3, ['crane', 'ox', 'crane'])
+    with pytest.raises(ValueError, match='the class crane has number 0 in the data set and 1 in the model'):
+        check_classes(imagenet, 3, ['ox', 'crane', 'crane'])
     with pytest.raises(SystemExit, match='the data set has 10 classes, the model 1000: say --num-classes 10, or 1000'):
         main(['--dataset', 'digits', '--model', 'dresnet18', '--in-chans', '1', '--output', str(tmp_path)])
     with pytest.raises(SystemExit, match='--pretrained-path needs --num-classes'):
@@ -220,6 +225,11 @@ def test_checkpoint_of_timm(tmp_path):
     config = timm.data.resolve_model_data_config(loaded, use_test_size=True)
     assert (config['input_size'], config['crop_pct'], len(config['mean'])) == ((1, 64, 64), 0.9, 1)
     assert loaded.pretrained_cfg.get('tag') is None
+    model = timm.create_model('dresnet', grown_from='resnet18', num_classes=5)
+    args = argparse.Namespace(
+        model='dresnet', num_classes=5, pretrained=True, model_kwargs=dict(grown_from='resnet18.fb_swsl_ig1b_ft_in1k'))
+    torch.save(dict(state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
+    assert load_checkpoint(tmp_path / 'last.pth.tar').pretrained_cfg['license'] == 'cc-by-nc-4.0'
     model = timm.create_model('dresnet18', num_classes=5)  # not from the packaged weights, which are for 64x64
     args = argparse.Namespace(model='dresnet18', num_classes=5, pretrained=True, pretrained_path='weights.pth')
     torch.save(dict(state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')

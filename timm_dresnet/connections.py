@@ -203,7 +203,8 @@ class Connections(nn.Module):
             for key in [key for key in modules if int(key) not in numbers]:
                 del modules[key]
         for i, gate in self.gates.items():
-            _keep_rows(gate, [before[int(i)].index(k) for k in self.sources[int(i)]])
+            if self.sources[int(i)] != before[int(i)]:
+                _keep_rows(gate, [before[int(i)].index(k) for k in self.sources[int(i)]])
         for k, projection in self.projections.items():
             if self.targets[int(k)] != projection.targets:
                 projection.keep(self.targets[int(k)])

@@ -112,7 +112,7 @@ class DResNet(ResNet):
             block, layers, norm_layer, **kwargs: As for `ResNet`.
             gate: Gate function F, 'sigmoid', 'gauss' or 'linear'.
             gate_init: Gate value F(w) to start from. None starts the n gates of a block at 0.5 / n, so that
-                they add up to 0.5.
+                they add up to 0.5; n counts ``pruned_connections`` too.
             connection_rank: Number of channels in which the connections into a block are summed, before one 1x1
                 convolution expands the sum to the block's input. None sums them at full width, and so does 0, for
                 models whose default is a number: ``timm.create_model`` drops arguments that are None.

@@ -96,6 +96,9 @@ def load_checkpoint(path: Path) -> nn.Module:
         config.pop(key, None)
     data_config = resolve_input_data_config(model, args)
     config.update(data_config, num_classes=model.num_classes, label_names=state.get('classes'))
+    resnet = (args.get('model_kwargs') or {}).get('grown_from')
+    if registered and resnet and (cfg := get_pretrained_cfg(resnet)):
+        config['license'] = cfg.license
     return model.eval()
 
 

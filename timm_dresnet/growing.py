@@ -15,6 +15,7 @@ from .adaresnet import AdaBasicBlock, AdaBottleneck, AdaResNet, choose_zero_init
 from .adaresnet import checkpoint_filter_fn as _adaresnet_filter_fn
 from .dresnet import DResNet, refuse_feature_cls, start_from_resnet
 from .dresnet import checkpoint_filter_fn as _dresnet_filter_fn
+from .plainnet import PlainNet
 from .pretrained import WITHOUT_WEIGHTS, build_model_with_cfg, grown_cfgs
 from .resnet import ResNet, _cfg
 
@@ -51,14 +52,14 @@ def grow(model: nn.Module, kind: str = 'dresnet', **kwargs: Any) -> ResNet:
     grown = _GROW[kind](copy.deepcopy(model), **kwargs)
     start_from_resnet(grown.state_dict())
     if cfg := getattr(model, 'pretrained_cfg', None):  # else timm did not create it, and cannot create it again
-        grown.pretrained_cfg = grown.default_cfg = dict(cfg, architecture=kind)
+        grown.pretrained_cfg = grown.default_cfg = dict(cfg, architecture=kind, tag=None)
         update_model_args(grown, grown_from=cfg['architecture'], **kwargs)
     return grown
 
 
 def _adopt(model: nn.Module, family: Any) -> Any:
     """Make a ResNet one of a family, in place."""
-    if not isinstance(model, resnet.ResNet) or isinstance(model, (AdaResNet, DResNet)):
+    if type(model) not in (resnet.ResNet, ResNet, PlainNet):  # methods of other classes would be lost
         raise ValueError(
             f'a ResNet of timm without learned connections is needed, got a {type(model).__name__}: give the network '
             'itself, not one made with features_only=True, compiled or wrapped.')
@@ -153,7 +154,7 @@ def _create_grown(kind: str, variant: str, grown_from: str, pretrained: bool, pr
     if variant == kind and not pretrained_cfg:  # which has no weights of its own in the registry
         pretrained_cfg = get_pretrained_cfg(grown_from)
         if pretrained_cfg:
-            changes = {} if pretrained else WITHOUT_WEIGHTS
+            changes = dict(tag=None) if pretrained else WITHOUT_WEIGHTS
             pretrained_cfg = dataclasses.replace(pretrained_cfg, architecture=variant, **changes)
     if kind == 'dresnet':
         refuse_feature_cls(kwargs.get('feature_cls'))

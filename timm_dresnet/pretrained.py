@@ -24,7 +24,7 @@ _ARGUMENTS = (
 )
 
 # what a config says of weights, for a network that is made without them
-WITHOUT_WEIGHTS = dict.fromkeys(('file', 'hf_hub_id', 'license', 'origin_url', 'tag'))
+WITHOUT_WEIGHTS = dict.fromkeys(('url', 'file', 'hf_hub_id', 'license', 'origin_url', 'tag'))
 
 # not a Path: the package may be in a zip archive
 _FOLDER = files('timm_dresnet') / 'weights'

@@ -263,12 +263,12 @@ def check_classes(dataset: Dataset, num_classes: int, label_names: Sequence[str]
         raise ValueError(
             f'the data set has {len(names)} classes, the model {num_classes}: see --num-classes, and whether all of '
             f'these are classes: {", ".join(names[:10])}{", ..." if len(names) > 10 else ""}.')
-    known = [name for name in names if name in label_names]
+    known = {*names} & {*label_names}
     if names and label_names and not known:
         _logger.warning(
             f'The model has no class named {" or ".join(names[:3])}: classes of the data set count by their numbers.')
     for index, name in enumerate(names):
-        if known and (name not in label_names or label_names.index(name) != index):
+        if known and label_names[index] != name:  # a name may stand twice, as in ImageNet
             number = label_names.index(name) if name in label_names else 'none'
             raise ValueError(
                 f'the class {name} has number {index} in the data set and {number} in the model: give all of the '
