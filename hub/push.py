@@ -63,6 +63,8 @@ def build(upload: Upload, folder: Path) -> nn.Module:
     # timm 1.0.31 writes num_classes twice, and transformers 5.23 passes both to one function
     config = json.loads((folder / 'config.json').read_text())
     config.get('model_args', {}).pop('num_classes', None)
+    if upload.license:
+        config['pretrained_cfg']['license'] = upload.license  # that of what is fine-tuned from these weights, too
     (folder / 'config.json').write_text(json.dumps(config, indent=2))
     if model.num_classes == 0:
         raise ValueError(f'the model in {upload.folder} has no classifier (num_classes=0): push it with one.')

@@ -286,6 +286,7 @@ def test_folders_without_images(tmp_path):
     (['--data-dir', '/no/such/folder'], '/no/such/folder'),
     (['--data-dir', 'x', '--dataset', 'ImageFolder'], 'no folder x'),
     (['--dataset', 'torch/nothing', '--data-dir', '.'], 'torch/nothing'),
+    (['--dataset', 'torc/cifar10', '--data-dir', '.'], 'torc/cifar10.*torch/'),
     (['--dataset', 'digits', '--mixup', 1, '--batch-size', 31], 'even.*31'),
     (['--dataset', 'digits', '--input-img-mode', 'RGBA'], '3 channels.*RGBA.*--in-chans'),
     (['--dataset', 'digits', '--train-split', 'test'], "train.*validation.*'test'"),

@@ -6,6 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import save
+from timm.layers import freeze_batch_norm_2d
 from timm.models import model_entrypoint, save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
@@ -52,8 +53,9 @@ def test_grown_model_is_its_resnet(hub, family, depth):
     optimizer = create_optimizer_v2(model.train(), 'sgd', lr=0.01)
     torch.nn.functional.cross_entropy(model(x), torch.tensor([1, 2])).backward()
     learned = {n: p for n, p in model.named_parameters() if '.connections.' in n or n.endswith('.alpha')}
-    norm_or_alpha = [p for n, p in learned.items() if n.endswith(('.norm.weight', '.alpha'))]
-    assert norm_or_alpha and all(p.grad.isfinite().all() and (p.grad != 0).any() for p in norm_or_alpha)
+    first = [p for n, p in learned.items() if '.expansions.' in n] or [
+        p for n, p in learned.items() if n.endswith(('.norm.weight', '.alpha'))]
+    assert first and all(p.grad.isfinite().all() and (p.grad != 0).any() for p in first)
     optimizer.step()
     optimizer.zero_grad()
     torch.nn.functional.cross_entropy(model(x), torch.tensor([1, 2])).backward()
@@ -155,6 +157,13 @@ def test_grown_where_there_are_no_batch_norms(norm_layer):
     torch.testing.assert_close(model(x)[:1], model(x[:1]))  # in training
 
 
+@pytest.mark.parametrize('kwargs', [{}, dict(gate='gauss', connection_rank=4)], ids=str)
+def test_grown_learns_with_frozen_norms(kwargs):
+    model = freeze_batch_norm_2d(timm_dresnet.grow(trained('test_resnet'), **kwargs)).train()
+    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    assert any((p.grad != 0).any() for n, p in model.named_parameters() if '.connections.' in n)
+
+
 @pytest.mark.parametrize('kind', ['dresnet', 'adaresnet'])
 def test_grown_on_the_meta_device(kind):
     resnet = timm.create_model('test_resnet')
@@ -182,6 +191,7 @@ def cut(resnet):
     (lambda: timm.create_model('test_resnet', features_only=True, feature_cls='getter', out_indices=[2]).model,
      'dresnet', {}, 'a whole ResNet.*layer3'),
     (lambda: timm.create_model('skresnet18'), 'adaresnet', {}, 'SelectiveKernelBasic'),
+    (lambda: timm_dresnet.AdaResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1)), 'dresnet', {}, 'AdaBasicBlock'),
     (lambda: timm.create_model('test_resnet'), 'plainnet', {}, "'dresnet', 'adaresnet', got 'plainnet'"),
     (lambda: timm.create_model('test_resnet'), 'adaresnet', dict(gate='gauss'), "skip_weight.*not 'gate'"),
     (lambda: timm.create_model('test_resnet'), 'dresnet', dict(gate='soft'), "sigmoid.*'soft'"),

@@ -107,10 +107,12 @@ def test_pull_request(alice, push):
 
 
 def test_branch_and_private(alice, push):
-    assert "timm.create_model('hf-hub:alice/model@wide', pretrained=True)" in push('--private', '--revision', 'wide')
+    assert "timm.create_model('hf-hub:alice/model@wide', pretrained=True)" in push(
+        '--private', '--revision', 'wide', '--license', 'mit')
     assert alice.repos['alice/model'].private
     assert set(alice.files('alice/model')) == {'.gitattributes'}
     assert 'model.safetensors' in alice.files('alice/model', 'wide')
+    assert json.loads(alice.files('alice/model', 'wide')['config.json'])['pretrained_cfg']['license'] == 'mit'
 
 
 def test_card_of_a_run(alice, push, digits_folder, capsys):

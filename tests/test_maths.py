@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from timm.utils import reparameterize_model
 
 import naive
 
@@ -107,6 +108,20 @@ def test_batch_norms_put_into_eval_mode():
     output = model(x)
     assert all(torch.equal(buffer, statistics[name]) for name, buffer in model.named_buffers())
     torch.testing.assert_close(output, model.eval()(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('arch', ['dresnet20_cifar', 'adaresnet18'])
+def test_batch_norms_without_bias(arch):
+    """As of one whose bias is 0."""
+    model = create(arch)
+    without = copy.deepcopy(model)
+    for zero, none in zip(model.modules(), without.modules()):
+        if isinstance(zero, nn.BatchNorm2d):
+            nn.init.zeros_(zero.bias)
+            none.bias = None
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(without(x), model(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(reparameterize_model(without.eval())(x), model.eval()(x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize('amp', [False, True], ids=['float32', 'amp'])

@@ -101,12 +101,15 @@ def test_stopped_and_resumed(tmp_path):
     assert [path.name for path in output.iterdir()] == ['digits']
 
 
-def test_stopped_in_validation(tmp_path, monkeypatch):
-    """After a last update of fewer batches, by which the learning rate follows."""
-    args = ['--model', 'test_dresnet', '--grad-accum-steps', 3]
+@pytest.mark.parametrize('function,args', [
+    ('validate', ['--grad-accum-steps', 3]),  # after a last update of fewer batches, by which the learning rate follows
+    ('choose_pruned', ['--epochs', 3, '--mixup', 1, '--mixup-off-epoch', 1, '--prune-connections', 0.5, 0.7]),
+])
+def test_stopped_between_batches(function, args, tmp_path, monkeypatch):
+    args = ['--model', 'test_dresnet', *args]
     expected = train(tmp_path / 'whole', *args)
     with monkeypatch.context() as patch:
-        patch.setattr('train.run.validate', Mock(side_effect=Stopped(signal.SIGTERM)))
+        patch.setattr(f'train.run.{function}', Mock(side_effect=Stopped(signal.SIGTERM)))
         with pytest.raises(SystemExit):
             train(tmp_path, *args)
     assert_same(train(tmp_path, *args), expected)

@@ -44,7 +44,7 @@ def test_digits(digits_folder):
     assert (folder / 'model.safetensors').stat().st_mode == (folder / 'args.yaml').stat().st_mode
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     assert isinstance(model, timm_dresnet.DResNet)
-    assert model.pretrained_cfg['label_names'] == Digits.classes
+    assert model.pretrained_cfg['label_names'] == Digits.classes and not model.pretrained_cfg.get('license')
     measured = accuracy(model, Digits('validation'))
     assert measured >= 0.97
     summary, history = rows(folder / 'summary.csv'), rows(folder / 'connections.csv')
@@ -224,7 +224,7 @@ def test_checkpoint_of_timm(tmp_path):
     loaded = load_checkpoint(tmp_path / 'last.pth.tar')
     config = timm.data.resolve_model_data_config(loaded, use_test_size=True)
     assert (config['input_size'], config['crop_pct'], len(config['mean'])) == ((1, 64, 64), 0.9, 1)
-    assert loaded.pretrained_cfg.get('tag') is None
+    assert not {'tag', 'license'} & loaded.pretrained_cfg.keys()
     model = timm.create_model('dresnet', grown_from='resnet18', num_classes=5)
     args = argparse.Namespace(
         model='dresnet', num_classes=5, pretrained=True, model_kwargs=dict(grown_from='resnet18.fb_swsl_ig1b_ft_in1k'))
@@ -259,6 +259,7 @@ def test_loss_that_is_not_finite(tmp_path):
     (['--batch-size', '2000', '--aug-repeats', '1'], ['1437 images', 'batch of 2000']),
     (['--epochs', '0'], ['--epochs', "'0'"]),
     (['--aa', 'rnad-m7'], ['--aa rnad-m7', 'Unknown']),
+    (['--opt', 'fusedadam'], ['--opt fusedadam', 'required']),
     (['--opt-kwargs', 'speed=1'], ['sgd', '--opt-kwargs', 'speed']),
     (['--opt', 'adamw', '--opt-betas', '0.9'], ['adamw', '--opt-betas [0.9]']),
     (['--torchcompile', 'inducter'], ['--torchcompile inducter', 'inductor']),
@@ -298,9 +299,11 @@ def test_wrong_recipes(text, words, tmp_path, capsys):
 def test_recipe_becomes_arguments(tmp_path):
     """YAML reads 8e-2 as text; the command line overrides."""
     recipe = tmp_path / 'recipe.yaml'
-    recipe.write_text('scale: [8e-2, 1]\nepochs: 10\nlr: 1e-3\ncolor_jitter: null\nmixup: null\nchannels_last: true\n')
+    recipe.write_text('scale: [8e-2, 1]\nepochs: 10\nlr: 1e-3\ncolor_jitter: null\nmixup: null\nchannels_last: true\n'
+                      'torchcompile: false\n')
     args = parse_args(['--config', str(recipe), '--epochs', '3', '--no-channels-last', '--amp'])
     assert (args.scale, args.lr, args.color_jitter, args.mixup) == ([0.08, 1.], 0.001, None, 0.)
+    assert args.torchcompile is None
     assert (args.epochs, args.channels_last, args.amp, args.deterministic) == (3, False, True, False)
 
 

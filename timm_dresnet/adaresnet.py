@@ -183,6 +183,10 @@ class AdaResNet(ResNet):
         skip_weights: Dict[Any, SkipWeight] = {}
         for stage in self.stage_names:
             for block in getattr(self, stage):
+                if not isinstance(block, AdaBlock):
+                    raise ValueError(
+                        'skip weights belong to AdaBasicBlock and AdaBottleneck, and grow into BasicBlock and '
+                        f'Bottleneck of timm, not into a {type(block).__name__}.')
                 group = groups[skip_weight](block)
                 if group not in skip_weights:
                     skip_weights[group] = SkipWeight(skip_init, **dd).train(block.training)

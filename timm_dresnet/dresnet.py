@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from timm.layers import GroupNorm1, LayerType, get_norm_layer
 from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models._features import FeatureGetterNet
 from timm.models._input import update_model_args
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.utils import reparameterize_model
@@ -262,15 +263,16 @@ class DResNet(ResNet):
 
 
 def start_from_resnet(state_dict: Dict[str, torch.Tensor]) -> None:
-    """Let connections add nothing, and train from there: their norm weights are set to 0, in place.
+    """Let connections add nothing, and train from there: expansions, or else norm weights, are set to 0, in place.
 
-    Where linear gates start at 0 they stay, since behind these and norm weights of 0 nothing would ever train.
+    Where linear gates start at 0 they stay, since behind these nothing would ever train.
     """
     gates = [value for name, value in state_dict.items() if name.endswith('.linear_weight')]
     if gates and not any(gate.is_meta or gate.any() for gate in gates):
         return
+    part = '.expansions.' if any('.connections.expansions.' in name for name in state_dict) else '.norm.'
     for name, value in state_dict.items():
-        if '.connections.' in name and '.norm.' in name and name.endswith('.weight'):
+        if '.connections.' in name and part in name and name.endswith('.weight'):
             nn.init.zeros_(value)
 
 
@@ -281,6 +283,13 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     connections = {k: v.clone() for k, v in model.state_dict().items() if '.connections.' in k}
     start_from_resnet(connections)
     return dict(state_dict, **connections)
+
+
+class Features(FeatureGetterNet):
+    """timm's extractor of features by `forward_intermediates`, with gradient checkpointing."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.model.set_grad_checkpointing(enable)
 
 
 def refuse_feature_cls(feature_cls: Any) -> None:
@@ -296,7 +305,7 @@ def _create_dresnet(variant: str, pretrained: bool = False, **kwargs) -> DResNet
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=tuple(range(len(kwargs['layers']) + 1)), feature_cls='getter'),
+        feature_cfg=dict(out_indices=tuple(range(len(kwargs['layers']) + 1)), feature_cls=Features),
         **kwargs,
     )
 

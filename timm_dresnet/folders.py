@@ -97,7 +97,9 @@ def load_checkpoint(path: Path) -> nn.Module:
     data_config = resolve_input_data_config(model, args)
     config.update(data_config, num_classes=model.num_classes, label_names=state.get('classes'))
     resnet = (args.get('model_kwargs') or {}).get('grown_from')
-    if registered and resnet and (cfg := get_pretrained_cfg(resnet)):
+    if not registered:
+        config.pop('license', None)
+    elif resnet and (cfg := get_pretrained_cfg(resnet)):
         config['license'] = cfg.license
     return model.eval()
 

@@ -27,7 +27,7 @@ def can_fold(norm: nn.Module, x: Optional[torch.Tensor] = None) -> bool:
     if can_bypass(norm, FrozenBatchNorm2d, x):  # as timm.utils.freeze leaves it
         return not norm.training
     plain = can_bypass(norm, nn.BatchNorm2d, x) or can_bypass(norm, nn.SyncBatchNorm, x) and not norm.training
-    return plain and norm.affine and norm.track_running_stats and not (
+    return plain and norm.affine and norm.bias is not None and norm.track_running_stats and not (
         norm.training and (norm.momentum is None or x is not None and x.numel() <= x.shape[1]))  # which it refuses
 
 

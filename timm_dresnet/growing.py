@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .adaresnet import AdaBasicBlock, AdaBottleneck, AdaResNet, choose_zero_init_last
 from .adaresnet import checkpoint_filter_fn as _adaresnet_filter_fn
-from .dresnet import DResNet, refuse_feature_cls, start_from_resnet
+from .dresnet import DResNet, Features, refuse_feature_cls, start_from_resnet
 from .dresnet import checkpoint_filter_fn as _dresnet_filter_fn
 from .plainnet import PlainNet
 from .pretrained import WITHOUT_WEIGHTS, build_model_with_cfg, grown_cfgs
@@ -39,7 +39,8 @@ def grow(model: nn.Module, kind: str = 'dresnet', **kwargs: Any) -> ResNet:
             `AdaResNet` (``skip_weight``). If not given, gates are linear and start at 0, connections lead into the
             blocks of the last stage after its first, where they cost least, and are summed at full width where that
             adds at most 13 % to parameters and multiply-adds, else with the largest rank up to 64 that does, or 4.
-            Behind gates that start elsewhere, the connections' norm weights start at 0.
+            Behind gates that start elsewhere, expansions start at 0, or at full width the connections' norm weights,
+            which have to be trained then: where batch norms are frozen, take linear gates.
 
     Raises:
         ValueError: If the model is no ResNet that can grow, or an argument is not one of the choices.
@@ -102,10 +103,7 @@ def _grow_adaresnet(model: nn.Module, **kwargs: Any) -> AdaResNet:
     families = {resnet.BasicBlock: AdaBasicBlock, resnet.Bottleneck: AdaBottleneck}
     for name in grown.stage_names:
         for block in getattr(grown, name):
-            if type(block) not in families:
-                raise ValueError(
-                    f"skip weights grow into timm's BasicBlock and Bottleneck, not into a {type(block).__name__}.")
-            block.__class__ = families[type(block)]
+            block.__class__ = families.get(type(block), type(block))
     grown.add_skip_weights(**kwargs, **get_device_dtype(grown))
     return grown
 
@@ -166,7 +164,7 @@ def _create_grown(kind: str, variant: str, grown_from: str, pretrained: bool, pr
         pretrained,
         pretrained_filter_fn=_FILTERS[kind],
         pretrained_cfg=pretrained_cfg,
-        feature_cfg=dict(out_indices, feature_cls='getter'),
+        feature_cfg=dict(out_indices, feature_cls=Features),
         **kwargs,
     )
 

@@ -214,7 +214,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def _read_recipe(path: Path, parser: argparse.ArgumentParser) -> List[str]:
-    """The command line that a YAML recipe stands for. A null leaves an argument off, as it is by default."""
+    """The command line that a YAML recipe stands for. A null or false leaves an argument off, as it is by default."""
     try:
         recipe = yaml.safe_load(path.read_text()) or {}
     except (OSError, ValueError, yaml.YAMLError) as e:
@@ -229,7 +229,7 @@ def _read_recipe(path: Path, parser: argparse.ArgumentParser) -> List[str]:
             parser.error(f'{path}: unknown key {key!r}'
                          + (f', did you mean {" or ".join(near)}?' if near else '; see --help for all.'))
         option = f'--{key.replace("_", "-")}'
-        if value is None:
+        if value is None or value is False and actions[key].nargs != 0 and not actions[key].default:
             if key == 'color_jitter':  # which recipes of timm switch off by null
                 parser.set_defaults(color_jitter=None)
             elif actions[key].default:

@@ -90,6 +90,8 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
         if reason == 'FileNotFoundError':  # timm's own, without a word
             reason = 'there is no such file, give that of the weights, such as model.safetensors.'
         raise ValueError(f'{source}: {reason}') from e
+    if not args.pretrained or args.pretrained_path:
+        model.pretrained_cfg.pop('license', None)  # that of timm's weights
     if args.bn_momentum is not None:
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -170,6 +172,8 @@ def create_optimizer(args: argparse.Namespace, model: torch.nn.Module, images: i
         if optimizer_class in (torch.optim.Adam, torch.optim.AdamW) and not args.opt_kwargs.keys() & _NOT_FUSED:
             kwargs['fused'] = True  # faster; a fused SGD would need the momentum of all parameters, also of new ones
         return create_optimizer_v2(model, **{**kwargs, **args.opt_kwargs})
+    except (AssertionError, ImportError) as e:  # it needs CUDA, or what is not installed
+        raise ValueError(f'--opt {args.opt}: {e}') from e
     except (IndexError, TypeError) as e:
         raise ValueError(
             f'{args.opt} does not take --opt-betas {args.opt_betas} or --opt-kwargs {args.opt_kwargs}: {e}') from e

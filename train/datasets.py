@@ -155,6 +155,9 @@ def open_dataset(args: argparse.Namespace, is_training: bool, in_chans: int) -> 
     if not mode or Image.getmodebands(mode) != in_chans:
         raise ValueError(f'the model takes {in_chans} channels, and images have {mode or ", ".join(_MODES.values())}: '
                          'see --in-chans and --input-img-mode.')
+    source, slash, _ = (args.dataset or '').lower().partition('/')
+    if slash and source not in ('torch', 'hfds', 'hfids', 'tfds', 'wds'):  # timm would take it for a folder
+        raise ValueError(f'--dataset {args.dataset}: its name must begin with torch/, hfds/, hfids/, tfds/ or wds/.')
     is_folder = '/' not in (args.dataset or '') and args.dataset != 'digits'  # as timm has it
     if is_folder:
         _check_folder(args.data_dir, split, is_training)

@@ -100,8 +100,6 @@ def train_one_epoch(run: Run) -> Dict[str, Optional[float]]:
     first_update = epoch * count_updates(num_batches, args)
     num_updates = first_update + count_updates(start, args)
     run.loader.loader.set_epoch(epoch, start)
-    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
-        run.loader.mixup_enabled = False
     _set_training_mode(task.get_trainable_module())
     optimizer.zero_grad()
 

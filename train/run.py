@@ -184,6 +184,8 @@ def train(run: Run, folder: Path) -> None:
             run.save = lambda: saver.save_recovery(progress['epoch'], progress['batch'])
         prune_epoch = round(args.prune_connections[1] * run.num_epochs) if args.prune_connections else None
         for epoch in range(progress['epoch'], run.num_epochs):
+            if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+                run.loader.mixup_enabled = False
             if epoch == prune_epoch and progress['pruned'] is None:
                 prune(run, choose_pruned(run))
                 if process.primary:
