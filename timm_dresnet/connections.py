@@ -202,9 +202,9 @@ class Connections(nn.Module):
                 (self.gates, self.sources), (self.expansions, self.sources), (self.projections, self.targets)):
             for key in [key for key in modules if int(key) not in numbers]:
                 del modules[key]
-        for i, gate in self.gates.items():
-            if self.sources[int(i)] != before[int(i)]:
-                _keep_rows(gate, [before[int(i)].index(k) for k in self.sources[int(i)]])
+        for i, left in self.sources.items():
+            if left != before[i]:
+                _keep_rows(self.gates[str(i)], [before[i].index(k) for k in left])
         for k, projection in self.projections.items():
             if self.targets[int(k)] != projection.targets:
                 projection.keep(self.targets[int(k)])

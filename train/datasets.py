@@ -158,7 +158,7 @@ def open_dataset(args: argparse.Namespace, is_training: bool, in_chans: int) -> 
     source, slash, _ = (args.dataset or '').lower().partition('/')
     if slash and source not in ('torch', 'hfds', 'hfids', 'tfds', 'wds'):  # timm would take it for a folder
         raise ValueError(f'--dataset {args.dataset}: its name must begin with torch/, hfds/, hfids/, tfds/ or wds/.')
-    is_folder = '/' not in (args.dataset or '') and args.dataset != 'digits'  # as timm has it
+    is_folder = not slash and args.dataset != 'digits'
     if is_folder:
         _check_folder(args.data_dir, split, is_training)
         set_img_extensions(sorted(SUFFIXES))
