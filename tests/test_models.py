@@ -209,6 +209,7 @@ def test_torchscript(name):
     dict(drop_rate=0.1, drop_path_rate=0.1, drop_block_rate=0.1, act_layer='gelu', global_pool='catavgmax'),
     dict(stem_type='deep', stem_width=32, avg_down=True, replace_stem_pool=True),
     dict(block_args=dict(attn_layer='se'), norm_layer='groupnorm', aa_layer=timm.layers.BlurPool2d, connection_rank=8),
+    dict(channels=(17, 34, 68, 136), stem_type='cifar'),
 ], ids=lambda kwargs: next(iter(kwargs)))
 def test_arguments_of_resnet(kwargs):
     model = create('dresnet18', **kwargs)

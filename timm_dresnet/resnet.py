@@ -112,7 +112,8 @@ class ResNet(resnet.ResNet):
             **dict(kwargs, **stem_args),
         )
         if small:
-            self.conv1 = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False, device=device, dtype=dtype)
+            width = self.feature_info[0]['num_chs']  # channels[0], or one less if that is odd
+            self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False, device=device, dtype=dtype)
             nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
             self.maxpool = nn.Identity()
             self.feature_info[0]['reduction'] = 1
