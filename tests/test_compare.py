@@ -191,6 +191,13 @@ def test_validate_a_folder_of_images(digits_folder, tmp_path, capsys, caplog):
     assert 'no class named digit 1 or digit 2 or digit 3: ' in caplog.text
 
 
+def test_validate_on_some_classes_of_imagenet(tmp_path):
+    save_for_hf(timm.create_model('test_resnet'), tmp_path / 'model', safe_serialization=True)
+    write_digits(tmp_path, {}, dict(n01440764=1, n02102040=2))
+    with pytest.raises(SystemExit, match='class n02102040 has number 1 in the data set and 217 in the model'):
+        validate.main([str(tmp_path / 'model'), '--data-dir', str(tmp_path), '--workers', '0'])
+
+
 def test_errors_of_validate(digits_folder, tmp_path, capsys):
     cut_short = tmp_path / 'last.pth.tar'
     cut_short.write_bytes((digits_folder / 'last.pth.tar').read_bytes()[:100_000])

@@ -100,7 +100,8 @@ class ResNet(resnet.ResNet):
                 f"output_stride must be one of {', '.join(map(str, sorted(timm_strides)))} for a network of "
                 f'{len(layers)} stages with stem_type={stem_type!r}, got {output_stride}.')
 
-        stem_args = dict(stem_type='deep', stem_width=channels[0] // 2) if small else dict(stem_type=stem_type)
+        stem_width = channels[0] // 2  # half of the stem's channels
+        stem_args = dict(stem_type='deep', stem_width=stem_width) if small else dict(stem_type=stem_type)
         super().__init__(
             block,  # type: ignore[arg-type]  # timm means classes of blocks, and says blocks
             layers,
@@ -112,8 +113,7 @@ class ResNet(resnet.ResNet):
             **dict(kwargs, **stem_args),
         )
         if small:
-            width = self.feature_info[0]['num_chs']  # channels[0], or one less if that is odd
-            self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False, device=device, dtype=dtype)
+            self.conv1 = nn.Conv2d(in_chans, 2 * stem_width, 3, padding=1, bias=False, device=device, dtype=dtype)
             nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
             self.maxpool = nn.Identity()
             self.feature_info[0]['reduction'] = 1

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import torch
-from timm.data import resolve_input_data_config
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_input_data_config
 from timm.utils import setup_default_logging
 
 from timm_dresnet.cli import load, positive
@@ -33,7 +33,10 @@ def measure(
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     dataset = open_dataset(args, False, data_config['input_size'][0])
-    check_classes(dataset, model.num_classes, label_names(model.pretrained_cfg, model.num_classes))
+    names, subset = label_names(model.pretrained_cfg, model.num_classes), infer_imagenet_subset(model)
+    if not names and subset:
+        names = ImageNetInfo(subset).label_names()
+    check_classes(dataset, model.num_classes, names)
     metrics = validate(model, create_eval_loader(args, dataset, data_config, process), args, process)
     bad = count_bad_images([dataset], process)
     if bad and process.primary:
