@@ -10,6 +10,7 @@ import timm
 import torch.nn as nn
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import parse_model_name
 
 import timm_dresnet
 from timm_dresnet.images import label_names
@@ -84,7 +85,7 @@ class Run:
                 f'{folder}/validation.csv has no row for {folder.name} on {run.dataset_key} ({run.split}): measure '
                 f'{folder} again with python -m train.validate --csv, or remove the file.')
         source, _, name = str(run.args.get('dataset') or '').partition('/')
-        if source in ('hfds', 'hfids'):
+        if source.lower() in ('hfds', 'hfids'):
             run.dataset_id = run.dataset_id or name
         return run
 
@@ -137,8 +138,9 @@ class Run:
         """The repository on the Hub with the weights that the training started from."""
         if not self.args.get('pretrained') or self.args.get('initial_checkpoint') or self.args.get('pretrained_path'):
             return None
-        if self._start.startswith('hf-hub:'):
-            return self._start[len('hf-hub:'):].split('@')[0]
+        source, name = parse_model_name(self._start)
+        if source == 'hf-hub':
+            return name.split('@')[0]
         return self._start_cfg and self._start_cfg.hf_hub_id
 
     @property

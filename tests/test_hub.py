@@ -181,10 +181,11 @@ def test_card_of_the_author(alice, push, folder):
     (dict(model='dresnet', pretrained=True, model_kwargs=dict(grown_from='resnet50')), *2 * ['timm/resnet50.a1_in1k']),
     (dict(model='dresnet', pretrained=True, model_kwargs=dict(grown_from='local-dir:/home/bob/resnet')),
      'local-dir:resnet', None),
+    (dict(model='dresnet', pretrained=True, model_kwargs=dict(grown_from='hf_hub:bob/resnet@v1')), *2 * ['bob/resnet']),
 ])
 def test_card_says_what_the_training_started_from(folder, tmp_path, args, start, base_model):
     args.update(epochs=2, seed=1, opt='sgd', lr=0.1, batch_size=8)
-    args.update(dataset='hfds/alice/birds', val_split='test', target_key='the label')
+    args.update(dataset='HFDS/alice/birds', val_split='test', target_key='the label')
     (folder / 'args.yaml').write_text(yaml.safe_dump(args))
     build(Upload(folder, 'alice/model'), tmp_path)
     card = ModelCard.load(tmp_path / 'README.md')
@@ -193,7 +194,7 @@ def test_card_says_what_the_training_started_from(folder, tmp_path, args, start,
     assert '2 epochs on alice/birds at 32x32, seed 1, sgd, learning rate 0.1, batches of 8, ' in card.text
     assert f', starting from {start}.\n' in card.text
     assert ('Grown from' in card.text) == bool(base_model)
-    assert "--config args.yaml --dataset hfds/alice/birds --val-split test --target-key 'the label'\n" in card.text
+    assert "--config args.yaml --dataset HFDS/alice/birds --val-split test --target-key 'the label'\n" in card.text
 
 
 @pytest.mark.parametrize('token,message', [
