@@ -236,6 +236,7 @@ def test_arguments_of_resnet(kwargs):
     ('adaresnet18d', dict(stem_type='cifar'), 'stem_type.*resnet18d'),
     ('plainnet18', dict(zero_init_last=True), 'zero_init_last'),
     ('plainnet18', dict(drop_path_rate=0.1), 'drop_path_rate'),
+    ('plainnet18', dict(block=timm.models.resnet.BasicBlock), 'PlainBlock.*BasicBlock'),
 ])
 def test_wrong_arguments(name, kwargs, words):
     with pytest.raises((TypeError, ValueError), match=words):

@@ -44,6 +44,9 @@ class PlainNet(ResNet):
         Raises:
             ValueError: If an argument is not one of the choices, or asks for a shortcut.
         """
+        for kind in block if isinstance(block, tuple) else (block,):
+            if not issubclass(kind, PlainBlock):
+                raise ValueError(f'block must be a PlainBlock, got {kind.__name__}, which has a shortcut.')
         if drop_path_rate:
             raise ValueError(
                 f'drop_path_rate must be 0, got {drop_path_rate}: without a shortcut, nothing passes a dropped block.')
