@@ -192,10 +192,14 @@ def test_validate_a_folder_of_images(digits_folder, tmp_path, capsys, caplog):
 
 
 def test_validate_on_some_classes_of_imagenet(tmp_path):
+    images = write_digits(tmp_path / 'images', *2 * [dict(n01440764=1, n02102040=2)])
+    arguments = ['--data-dir', str(images), '--workers', '0']
     save_for_hf(timm.create_model('test_resnet'), tmp_path / 'model', safe_serialization=True)
-    write_digits(tmp_path, {}, dict(n01440764=1, n02102040=2))
     with pytest.raises(SystemExit, match='class n02102040 has number 1 in the data set and 217 in the model'):
-        validate.main([str(tmp_path / 'model'), '--data-dir', str(tmp_path), '--workers', '0'])
+        validate.main([str(tmp_path / 'model'), *arguments])
+    # but those that a network is trained on have the numbers that they have in the data set
+    main([*arguments, '--model', 'test_dresnet', '--num-classes', '1000', '--epochs', '1', '--warmup-epochs', '0',
+          '--output', str(tmp_path), '--experiment', 'run'])
 
 
 def test_errors_of_validate(digits_folder, tmp_path, capsys):

@@ -34,7 +34,7 @@ def measure(
         model.to(memory_format=torch.channels_last)
     dataset = open_dataset(args, False, data_config['input_size'][0])
     names, subset = label_names(model.pretrained_cfg, model.num_classes), infer_imagenet_subset(model)
-    if not names and subset:
+    if not names and subset and model.pretrained_cfg.get('tag'):  # which models trained here have not
         names = ImageNetInfo(subset).label_names()
     check_classes(dataset, model.num_classes, names)
     metrics = validate(model, create_eval_loader(args, dataset, data_config, process), args, process)
