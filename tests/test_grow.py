@@ -159,7 +159,10 @@ def test_grown_where_there_are_no_batch_norms(norm_layer):
 
 @pytest.mark.parametrize('kwargs', [{}, dict(gate='gauss', connection_rank=4)], ids=str)
 def test_grown_learns_with_frozen_norms(kwargs):
-    model = freeze_batch_norm_2d(timm_dresnet.grow(trained('test_resnet'), **kwargs)).train()
+    resnet = trained('test_resnet')
+    with torch.inference_mode():
+        model = timm_dresnet.grow(resnet, **kwargs)
+    model = freeze_batch_norm_2d(model).train()
     model(torch.randn(2, 3, 64, 64)).square().mean().backward()
     assert any((p.grad != 0).any() for n, p in model.named_parameters() if '.connections.' in n)
 

@@ -4,6 +4,7 @@ import dataclasses
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn as nn
 from timm.layers import GroupNorm1, get_device_dtype
 from timm.layers.norm_act import FrozenBatchNorm2d
@@ -24,6 +25,7 @@ __all__ = ['grow']  # the model registry adds each entry point to this
 _MAX_COST = 0.13  # what connections of the rank chosen here may add to parameters and to multiply-adds
 
 
+@torch.inference_mode(False)  # or what is returned could not be trained
 def grow(model: nn.Module, kind: str = 'dresnet', **kwargs: Any) -> ResNet:
     """Let connections or skip weights grow into an existing ResNet, with its weights.
 
