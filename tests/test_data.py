@@ -272,6 +272,16 @@ def test_other_folders_than_those_of_classes(files, words, tmp_path):
         train_loader('--data-dir', tmp_path)
 
 
+def test_folders_that_a_class_map_leaves_out(tmp_path, caplog):
+    """As one does that an editor has begun with a byte order mark."""
+    for name in ('a', 'b', 'x/c'):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / f'train/{name}/0.png')
+    (tmp_path / 'map.txt').write_text('a\nb\n', encoding='utf-8-sig')
+    dataset = open_dataset(arguments('--data-dir', tmp_path, '--class-map', tmp_path / 'map.txt'), True, 3)
+    assert len(dataset) == 1 and caplog.text.count('that --class-map leaves out: a, c') == 1
+
+
 def test_folders_without_images(tmp_path):
     (tmp_path / 'train/a').mkdir(parents=True)
     with pytest.raises(ValueError, match='0 images'):

@@ -191,7 +191,7 @@ def test_card_says_what_the_training_started_from(folder, tmp_path, args, start,
     card = ModelCard.load(tmp_path / 'README.md')
     assert '/home' not in (tmp_path / 'args.yaml').read_text()
     assert card.data.base_model == base_model and card.data.datasets == ['alice/birds']
-    assert '2 epochs on alice/birds at 32x32, seed 1, sgd, learning rate 0.1, batches of 8, ' in card.text
+    assert '2 epochs on alice/birds at 32x32, seed 1, sgd, learning rate 0.1, batches of up to 8, ' in card.text
     assert f', starting from {start}.\n' in card.text
     assert ('Grown from' in card.text) == bool(base_model)
     assert "--config args.yaml --dataset HFDS/alice/birds --val-split test --target-key 'the label'\n" in card.text

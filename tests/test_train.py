@@ -20,6 +20,7 @@ from timm_dresnet.pretrained import packaged_file
 from train import validate
 from train.__main__ import main
 from train.arguments import parse_args
+from train.build import create_model
 from train.checkpoints import newest
 from train.datasets import Digits, check_classes
 from train.run import resume
@@ -143,8 +144,10 @@ def test_classes_that_do_not_fit(tmp_path):
     """Else the numbers of classes mean one thing in training and another in validation."""
     folder = write_digits(tmp_path / 'images', dict(a=1, b=2, c=3), dict(a=1, c=3))
     of_folder = ['--model', 'test_dresnet', '--dataset', '', '--data-dir', folder]
+    fewer = 'training has 3 classes, validation 2, and not the same ones: b. .* by --class-map'
     for args, message in (
-            ([*of_folder, '--num-classes', 3], 'training has 3 classes, validation 2, and not the same ones: b'),
+            ([*of_folder, '--num-classes', 3], fewer),
+            (of_folder, fewer),
             ([*of_folder, '--num-classes', 2], '3 classes, the model 2: see --num-classes')):
         with pytest.raises(SystemExit, match=message):
             train(tmp_path, *args)
@@ -169,6 +172,13 @@ def test_fine_tuning_starts_from_the_file(args, head, digits_folder, tmp_path):
     before, after = load_file(file), load_file(folder / 'model.safetensors')
     changed = {key for key in before if not torch.allclose(before[key], after[key], atol=1e-5)}
     assert {key for key in changed if 'num_batches' not in key} == ({'fc.weight', 'fc.bias'} if head else set())
+
+
+def test_linear_probe_of_two_classifiers():
+    args = parse_args(['--model', 'deit_tiny_distilled_patch16_224', '--num-classes', '3', '--linear-probe'])
+    model = create_model(args)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {'head.weight', 'head.bias', 'head_dist.weight', 'head_dist.bias'}
 
 
 @pytest.mark.parametrize('error,sentence', [

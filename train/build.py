@@ -98,7 +98,8 @@ def create_model(args: argparse.Namespace) -> torch.nn.Module:
                 module.momentum = args.bn_momentum
     if args.linear_probe:
         model.requires_grad_(False)
-        model.get_classifier().requires_grad_(True)
+        heads = model.get_classifier()  # of distilled models, two
+        torch.nn.ModuleList(heads if isinstance(heads, tuple) else [heads]).requires_grad_(True)
     return model
 
 

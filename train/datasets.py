@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, FrozenSet, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -187,8 +187,8 @@ def open_dataset(args: argparse.Namespace, is_training: bool, in_chans: int) -> 
             raise ValueError(f'--in-memory needs a map-style data set, {args.dataset} is a stream.')
         return dataset
     if is_folder:
-        _name_unread(dataset.reader.root)
         _check_class_folders(dataset.reader)
+        _name_unread(dataset.reader.root, frozenset(dataset.reader.class_to_idx))
         if not args.class_map:
             _order_classes(dataset.reader)
     if not len(dataset):
@@ -212,12 +212,19 @@ def _check_folder(data_dir: Optional[str], split: str, is_training: bool) -> Non
 
 
 @lru_cache(maxsize=None)  # once, although a folder is opened several times
-def _name_unread(folder: str) -> None:
-    files = (file for _, _, files in os.walk(folder, followlinks=True) for file in files)
-    suffixes = Counter(Path(file).suffix.lower() or 'without a suffix' for file in files)
+def _name_unread(folder: str, classes: FrozenSet[str]) -> None:
+    suffixes: Counter[str] = Counter()
+    left_out = set()
+    for path, _, files in os.walk(folder, followlinks=True):
+        found = [Path(file).suffix.lower() or 'without a suffix' for file in files]
+        suffixes.update(found)
+        if SUFFIXES.intersection(found) and os.path.basename(path) not in classes:
+            left_out.add(os.path.basename(path))
     unread = [f'{count:,} {suffix}' for suffix, count in sorted(suffixes.items()) if suffix not in SUFFIXES]
     if unread:
         _logger.warning(f'Files in {folder} that are not read as images: {", ".join(unread)}')
+    if left_out:
+        _logger.warning(f'Folders in {folder} that --class-map leaves out: {", ".join(sorted(left_out))}')
 
 
 def _check_class_folders(reader: Any) -> None:

@@ -146,16 +146,17 @@ def _check_data(args: argparse.Namespace, num_classes: int, train_set: Dataset, 
     for dataset in (train_set, eval_set):
         check_classes(dataset, num_classes)
     trained, measured = class_names(train_set), class_names(eval_set)
+    if trained and measured and trained != measured:
+        odd = sorted({*trained} ^ {*measured}) or ['the same in another order']
+        raise ValueError(
+            f'training has {len(trained)} classes, validation {len(measured)}, and not the same ones: '
+            f'{", ".join(odd[:5])}{", ..." if len(odd) > 5 else ""}. If one of them has no images of some, name all in '
+            'a text file of one name on a line, by --class-map.')
     if measured and len(measured) < num_classes:
         fewer = f'the data set has {len(measured)} classes, the model {num_classes}'
         if args.num_classes is None:
             raise ValueError(f'{fewer}: say --num-classes {len(measured)}, or {num_classes} to train that.')
         _logger.warning(f'{fewer[0].upper()}{fewer[1:]}: their names are not kept.')
-    if trained and measured and trained != measured:
-        odd = sorted({*trained} ^ {*measured}) or ['the same in another order']
-        raise ValueError(
-            f'training has {len(trained)} classes, validation {len(measured)}, and not the same ones: '
-            f'{", ".join(odd[:5])}{", ..." if len(odd) > 5 else ""}.')
 
 
 def _check_pruning(args: argparse.Namespace, model: torch.nn.Module, num_epochs: int) -> None:
