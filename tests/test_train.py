@@ -228,22 +228,21 @@ def test_checkpoint_on_another_machine(tmp_path):
 
 
 def test_checkpoint_of_timm(tmp_path):
-    model = timm.create_model('resnet18', num_classes=5, in_chans=1)
-    args = argparse.Namespace(model='resnet18', num_classes=5, in_chans=1, img_size=64, crop_pct=0.9)
-    torch.save(dict(state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
-    loaded = load_checkpoint(tmp_path / 'last.pth.tar')
+    def load(name, made_with, **args):
+        args = argparse.Namespace(model=name, num_classes=5, **args)
+        state_dict = timm.create_model(name, num_classes=5, **made_with).state_dict()
+        torch.save(dict(state_dict=state_dict, args=args), tmp_path / 'last.pth.tar')
+        return load_checkpoint(tmp_path / 'last.pth.tar')
+
+    loaded = load('resnet18', dict(in_chans=1), in_chans=1, img_size=64, crop_pct=0.9)
     config = timm.data.resolve_model_data_config(loaded, use_test_size=True)
     assert (config['input_size'], config['crop_pct'], len(config['mean'])) == ((1, 64, 64), 0.9, 1)
     assert not {'tag', 'license'} & loaded.pretrained_cfg.keys()
-    model = timm.create_model('dresnet', grown_from='resnet18', num_classes=5)
-    args = argparse.Namespace(
-        model='dresnet', num_classes=5, pretrained=True, model_kwargs=dict(grown_from='resnet18.fb_swsl_ig1b_ft_in1k'))
-    torch.save(dict(state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
-    assert load_checkpoint(tmp_path / 'last.pth.tar').pretrained_cfg['license'] == 'cc-by-nc-4.0'
-    model = timm.create_model('dresnet18', num_classes=5)  # not from the packaged weights, which are for 64x64
-    args = argparse.Namespace(model='dresnet18', num_classes=5, pretrained=True, pretrained_path='weights.pth')
-    torch.save(dict(state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
-    assert load_checkpoint(tmp_path / 'last.pth.tar').pretrained_cfg['input_size'] == (3, 224, 224)
+    swsl = dict(grown_from='resnet18.fb_swsl_ig1b_ft_in1k')
+    loaded = load('dresnet', dict(grown_from='resnet18'), pretrained=True, model_kwargs=swsl)
+    assert loaded.pretrained_cfg['license'] == 'cc-by-nc-4.0'
+    loaded = load('dresnet18', {}, pretrained=True, pretrained_path='weights.pth')
+    assert loaded.pretrained_cfg['input_size'] == (3, 224, 224)  # not that of the packaged weights, 64x64
 
 
 def test_loss_that_is_not_finite(tmp_path):

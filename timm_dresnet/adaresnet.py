@@ -47,14 +47,6 @@ class SkipWeight(nn.Module):
         return torch.addcmul(branch, shortcut, self.alpha.to(shortcut.dtype))
 
 
-class Add(nn.Module):
-    """In place of a skip weight that is folded into its shortcut."""
-
-    def forward(self, branch: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-        """`branch + shortcut`, all `[B, C, H, W]`."""
-        return branch + shortcut
-
-
 class AdaBlock(nn.Module):
     """What the blocks have in common: the network gives each its `skip_weight`."""
     fused = False
@@ -69,7 +61,7 @@ class AdaBlock(nn.Module):
         if can_bypass(conv, nn.Conv2d) and can_bypass(self.skip_weight, SkipWeight):
             for parameter in conv.parameters():
                 parameter.mul_(self.skip_weight.alpha)
-            self.skip_weight: Any = Add()
+            self.skip_weight: Any = None
             self.fused = True
 
     def add_shortcut(self, x: torch.Tensor) -> torch.Tensor:
@@ -77,6 +69,8 @@ class AdaBlock(nn.Module):
         if not torch.jit.is_scripting():
             require_eval(self)
         shortcut = x if self.downsample is None else self.downsample(x)
+        if self.skip_weight is None:  # folded into the shortcut
+            return self.branch(x) + shortcut
         return self.skip_weight(self.branch(x), shortcut)
 
 

@@ -30,7 +30,6 @@ from .folders import atomic_folder, first_line, load_checkpoint, load_folder
 from .images import Classifier, find_images
 
 _MAX_MEASURED = 128  # images to measure on, in one batch
-_BATCH = 32
 
 
 def check_model_name(name: str, what: str = 'model') -> None:
@@ -130,27 +129,20 @@ def list_command(args: argparse.Namespace) -> None:
 
 def classify_command(args: argparse.Namespace) -> int:
     classifier, status = Classifier(load(args.model)), 0
-    paths = find_images(args.images)
-    for start in range(0, len(paths), _BATCH):
-        batch = paths[start:start + _BATCH]
-        images: Dict[str, torch.Tensor] = {}
-        errors: Dict[str, str] = {}
-        for path in batch:
-            try:
-                images[path] = classifier.read(path)
-            except ValueError as e:
-                errors[path] = str(e)
-        answers = dict(zip(images, classifier(torch.stack([*images.values()]), args.top))) if images else {}
-        for path in batch:
-            if path in errors:
-                status = 1
-                print(f'timm-dresnet classify: error: {errors[path]}', file=sys.stderr)
-            if args.json:
-                record = dict(error=errors[path]) if path in errors else dict(classes=answers[path])
-                print(json.dumps(dict(image=path, **record)), flush=True)
-            elif path in answers:
-                words = ', '.join(f'{c["label"]} {100 * c["probability"]:.1f} %' for c in answers[path])
-                print(f'{path}: {words}', flush=True)
+    for path in find_images(args.images):
+        record: Dict[str, Any] = dict(image=path)
+        try:
+            image = classifier.read(path)
+        except ValueError as e:
+            status, record['error'] = 1, str(e)
+            print(f'timm-dresnet classify: error: {e}', file=sys.stderr)
+        else:
+            record['classes'], = classifier(image[None], args.top)
+        if args.json:
+            print(json.dumps(record), flush=True)
+        elif 'classes' in record:
+            words = ', '.join(f'{c["label"]} {100 * c["probability"]:.1f} %' for c in record['classes'])
+            print(f'{path}: {words}', flush=True)
     return status
 
 
@@ -248,7 +240,7 @@ def export_command(args: argparse.Namespace) -> None:
             from onnxruntime.quantization import quantize_static
             from onnxruntime.quantization.shape_inference import quant_pre_process
             quant_pre_process(folder / 'model.onnx', folder / 'model.onnx')
-            batches = ({'input0': batch.numpy()} for batch in images.split(_BATCH))
+            batches = ({'input0': batch.numpy()} for batch in images.split(32))
             reader: Any = SimpleNamespace(get_next=lambda: next(batches, None))
             quantize_static(folder / 'model.onnx', folder / 'model.onnx', reader, per_channel=True)
 

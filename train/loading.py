@@ -5,7 +5,7 @@ import multiprocessing
 import random
 import signal
 from itertools import islice
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -26,30 +26,6 @@ def seed_everything(*key: int) -> None:
     torch.default_generator.manual_seed(seed)  # torch.manual_seed notes the stack for every absent kind of device: slow
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
-
-
-class SeededBatchSampler(Sampler):
-    """Batches of an epoch, from any batch on: the key that seeds each, and the indices of its images."""
-
-    def __init__(self, batches: Sampler, *key: int) -> None:
-        self.batches = batches
-        self.key = key
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose what comes next, as in `EpochLoader.set_epoch`."""
-        if isinstance(self.batches, ScheduledBatchSampler):
-            self.batches.set_epoch(epoch)
-        # not seed + epoch, by which one seed would have the orders of the next; timm's RepeatAugSampler takes no seed
-        self.batches.sampler.set_epoch((self.key[0] << 20) + epoch)
-        self.epoch, self.start = epoch, start
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Tuple[Tuple[int, ...], List[Any]]]:
-        for number, indices in islice(enumerate(self.batches), self.start, None):
-            yield (*self.key, self.epoch, number), indices
 
 
 class SeededImages(Dataset):
@@ -77,23 +53,33 @@ class EpochLoader(DataLoader):
     are skipped must be loaded all the same.
     """
 
-    def __init__(self, dataset: Dataset, *key: int, **kwargs: Any) -> None:
+    def __init__(self, dataset: Dataset, batches: Optional[Sampler], *key: int, **kwargs: Any) -> None:
+        if batches is not None:  # of a stream there are none
+            kwargs['batch_sampler'] = []  # what is left of the epoch: keys, each with the indices of a batch
         super().__init__(dataset, **kwargs)
-        self.key = key
+        self.batches, self.key = batches, key
         self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return super().__len__() if self.batches is None else len(self.batches)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch to go through next, and how many batches are skipped at its beginning."""
         self.epoch, self.start = epoch, start
-        if isinstance(self.batch_sampler, SeededBatchSampler):
-            self.batch_sampler.set_epoch(epoch, start)
-        else:
+        if self.batches is None:
             self.dataset.set_epoch(epoch)
+            return
+        if isinstance(self.batches, ScheduledBatchSampler):
+            self.batches.set_epoch(epoch)
+        # not seed + epoch, by which one seed would have the orders of the next; timm's RepeatAugSampler takes no seed
+        self.batches.sampler.set_epoch((self.key[0] << 20) + epoch)
+        keyed = [((*self.key, epoch, number), indices) for number, indices in enumerate(self.batches)]
+        self.batch_sampler[:] = keyed[start:]
 
     def __iter__(self) -> Iterator[Any]:
         seed_everything(*self.key, self.epoch)  # the worker processes of a stream are seeded from here
         batches = super().__iter__()
-        if not isinstance(self.batch_sampler, SeededBatchSampler):
+        if self.batches is None:
             batches = islice(batches, self.start, None)
         for number, batch in enumerate(batches, self.start):
             seed_everything(*self.key, self.epoch, number, 1)
@@ -193,16 +179,14 @@ def create_train_loader(
     except AssertionError as e:  # timm's, of a policy that it does not know
         raise ValueError(f'--aa {args.aa}: {e}') from e
     if is_stream:
-        batches = dict(batch_size=batch_size, drop_last=True)
+        batches = None
+        loader_kwargs.update(batch_size=batch_size, drop_last=True)
     else:
         dataset = SeededImages(loader.dataset)
-        batch_sampler = _create_batch_sampler(args, dataset, batch_size, process)
-        batches = dict(
-            batch_sampler=SeededBatchSampler(batch_sampler, args.seed, process.rank),
-            # Mixup ends in the processes that are started after it was switched off
-            persistent_workers=args.workers > 0 and not args.mixup_off_epoch,
-        )
-    loader.loader = EpochLoader(dataset, args.seed, process.rank, **batches, **loader_kwargs)
+        batches = _create_batch_sampler(args, dataset, batch_size, process)
+        # Mixup ends in the processes that are started after it was switched off
+        loader_kwargs.update(persistent_workers=args.workers > 0 and not args.mixup_off_epoch)
+    loader.loader = EpochLoader(dataset, batches, args.seed, process.rank, **loader_kwargs)
     _guard_workers(loader.loader, args)
     return loader
 

@@ -19,6 +19,7 @@ import timm_dresnet
 from timm_dresnet.folders import atomic_folder
 
 _logger = logging.getLogger('train')
+_LEARNED = timm_dresnet.AdaResNet, timm_dresnet.DResNet
 
 
 def write_epoch(path: Path, epoch: int, rows: List[Dict[str, Any]]) -> None:
@@ -50,13 +51,6 @@ def format_row(cells: Sequence[str]) -> str:
 def format_head(cells: Sequence[str]) -> str:
     """Its first two rows."""
     return f'{format_row(cells)}\n{format_row(["---"] * len(cells))}'
-
-
-def has_connections(model: nn.Module) -> bool:
-    """Whether the model learns its connections, and has not lost all of them to pruning."""
-    if isinstance(model, timm_dresnet.DResNet):
-        return bool(model.connections)
-    return isinstance(model, timm_dresnet.AdaResNet)
 
 
 def plot_curves(summary: Path, path: Path) -> None:
@@ -115,8 +109,8 @@ class Log:
 
     def connections(self, epoch: int, model: nn.Module) -> None:
         """Record the connections after an epoch; those before the first one are of epoch -1."""
-        if has_connections(model):
-            write_epoch(self.folder / 'connections.csv', epoch, timm_dresnet.connections(model))
+        if isinstance(model, _LEARNED) and (records := timm_dresnet.connections(model)):
+            write_epoch(self.folder / 'connections.csv', epoch, records)
 
     def epoch(
             self,
@@ -184,5 +178,5 @@ def save_results(
         named = label_names and len(label_names) == model.num_classes
         config = dict(label_names=label_names) if named else {}
         save_for_hf(model, new, model_config=config, data_config=data_config, safe_serialization=True)
-        if has_connections(model):
+        if isinstance(model, _LEARNED):
             timm_dresnet.plot_connections(model, new / 'connections.png', name=folder.name)
