@@ -101,15 +101,19 @@ def test_stopped_and_resumed(tmp_path):
     assert [path.name for path in output.iterdir()] == ['digits']
 
 
-@pytest.mark.parametrize('function,args', [
-    ('validate', ['--grad-accum-steps', 3]),  # after a last update of fewer batches, by which the learning rate follows
-    ('choose_pruned', ['--epochs', 3, '--mixup', 1, '--mixup-off-epoch', 1, '--prune-connections', 0.5, 0.7]),
+@pytest.mark.parametrize('function,calls,args', [
+    # after a last update of fewer batches, by which the learning rate follows
+    ('run.validate', 0, ['--grad-accum-steps', 3]),
+    ('run.choose_pruned', 0, ['--epochs', 3, '--mixup', 1, '--mixup-off-epoch', 1, '--prune-connections', 0.5, 0.7]),
+    # in the fourth batch, where the schedule is a tenth of the learning rate from the first on
+    ('engine.seed_everything', 3, ['--recovery-interval', 2, '--sched', 'multistep', '--decay-milestones', 1,
+                                   '--no-sched-on-updates', '--warmup-epochs', 0]),
 ])
-def test_stopped_between_batches(function, args, tmp_path, monkeypatch):
+def test_stopped_between_batches(function, calls, args, tmp_path, monkeypatch):
     args = ['--model', 'test_dresnet', *args]
     expected = train(tmp_path / 'whole', *args)
     with monkeypatch.context() as patch:
-        patch.setattr(f'train.run.{function}', Mock(side_effect=Stopped(signal.SIGTERM)))
+        patch.setattr(f'train.{function}', Mock(side_effect=[*calls * [None], Stopped(signal.SIGTERM)]))
         with pytest.raises(SystemExit):
             train(tmp_path, *args)
     assert_same(train(tmp_path, *args), expected)

@@ -177,6 +177,7 @@ def train(run: Run, folder: Path) -> None:
     checkpoint = _from_primary(process, lambda: newest(folder))
     if checkpoint is not None:
         resume(run, checkpoint)
+    set_schedule(run)  # in the first epoch too, where some schedules do not begin at the optimizer's rate
     if process.distributed:
         _average_gradients(run)
     with handle_signals(run.signals.append):  # before the log says that training begins
@@ -274,7 +275,6 @@ def resume(run: Run, checkpoint: Path) -> None:
     batch = progress['batch'] * progress['images'] // images
     progress['batch'] = batch if batch >= len(run.loader) else batch - batch % accum_steps
     progress['images'] = images
-    set_schedule(run)
 
 
 def _open_log(run: Run, folder: Path, checkpoint: Optional[Path]) -> Tuple[Checkpoints, Log]:
