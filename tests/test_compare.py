@@ -122,6 +122,10 @@ def test_smoke(name, tmp_path):
     (['--config', 'equal_time', '--epochs', '10'], ['--epochs would', 'differ']),
     (['--config', 'cifar_depth', '--output', '/dev/null/x'], ['/dev/null']),
     (dict(seeds=3), ['small.yaml', 'int']),  # in a file
+    (dict(seeds='123'), ['small.yaml', 'whole numbers']),
+    (dict(models={}), ['small.yaml', 'needs models']),
+    (dict(recipe='digit'), ['digit.yaml', 'there are: ', 'digits']),
+    (dict(args={}), ['small.yaml', "unknown key 'args'"]),
     (dict(models={'DResNet, a': {}, 'dresnet a': {}}), ['DResNet, a', 'dresnet a', 'differ']),
     (dict(models={'α=1': {}, '?': {}}), ['differ']),
 ])

@@ -39,22 +39,32 @@ def load_config(name: str, smoke: bool = False) -> Dict[str, Any]:
             ``arguments`` over the recipe, ``models`` (name: arguments over those), and ``smoke`` (likewise).
         smoke: With the arguments that make it small, one seed only.
     """
-    path = Path(name) if name.endswith('.yaml') else _HERE / 'comparisons' / f'{name}.yaml'
     try:
-        config = yaml.safe_load(path.read_text())
-        recipe = config['recipe']
-        recipe = Path(recipe) if recipe.endswith('.yaml') else _HERE / 'recipes' / f'{recipe}.yaml'
-        common = {**yaml.safe_load(recipe.read_text()), **config.get('arguments', {})}
-        small = config.get('smoke', {}) if smoke else {}
-        models = {str(model): {**common, **arguments, **small} for model, arguments in config['models'].items()}
+        config = _read(name, 'comparisons')
+        if unknown := config.keys() - {'recipe', 'seeds', 'arguments', 'models', 'smoke'}:
+            raise ValueError(f'{name}: unknown key {min(unknown)!r}.')
+        seeds, models = config['seeds'], config['models']
+        if not seeds or not models or not all(isinstance(seed, int) for seed in seeds):
+            raise ValueError(f'{name}: it needs models, and seeds that are whole numbers.')
+        if smoke and not config.get('smoke'):
+            raise ValueError(f'{name}: it has no smoke, arguments that make it small.')
+        common = {**_read(config['recipe'], 'recipes'), **(config.get('arguments') or {})}
+        small = config['smoke'] if smoke else {}
+        models = {str(model): {**common, **(arguments or {}), **small} for model, arguments in models.items()}
         if len({_slug(model) for model in models} - {''}) < len(models):
-            raise ValueError(f'{path}: models need names that differ in letters or digits, not {", ".join(models)}.')
-        return dict(seeds=list(config['seeds'])[:1 if smoke else None], models=models)
-    except OSError as e:
-        known = ', '.join(sorted(file.stem for file in (_HERE / 'comparisons').iterdir()))
-        raise ValueError(f'{e.filename} cannot be read ({e.strerror}); there are: {known}.') from e
+            raise ValueError(f'{name}: models need names that differ in letters or digits, not {", ".join(models)}.')
+        return dict(seeds=list(seeds)[:1 if smoke else None], models=models)
     except (AttributeError, KeyError, TypeError, yaml.YAMLError) as e:
-        raise ValueError(f'{path} is not a comparison: {type(e).__name__} {" ".join(str(e).split())}') from e
+        raise ValueError(f'{name} is not a comparison: {type(e).__name__} {" ".join(str(e).split())}') from e
+
+
+def _read(name: str, folder: str) -> Any:
+    path = Path(name) if name.endswith('.yaml') else _HERE / folder / f'{name}.yaml'
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as e:
+        known = ', '.join(sorted(file.stem for file in (_HERE / folder).iterdir()))
+        raise ValueError(f'{path} cannot be read ({e.strerror}); there are: {known}.') from e
 
 
 def _slug(model: str) -> str:
