@@ -129,17 +129,17 @@ class DResNet(ResNet):
         """
         super().__init__(block, layers, norm_layer=norm_layer, device=device, dtype=dtype, **kwargs)
         self.add_connections(
-            gate, gate_init, connection_rank, connected_stages, pruned_connections, get_norm_layer(norm_layer),
+            gate, gate_init, connection_rank, connected_stages, get_norm_layer(norm_layer), pruned_connections,
             inference_mode, device=device, dtype=dtype)
 
     def add_connections(
             self,
-            gate: str = 'sigmoid',
-            gate_init: Optional[float] = None,
-            connection_rank: Optional[int] = None,
-            connected_stages: Optional[int] = None,
+            gate: str,
+            gate_init: Optional[float],
+            connection_rank: Optional[int],
+            connected_stages: Optional[int],
+            norm_layer: Callable[..., nn.Module],
             pruned_connections: Sequence[Tuple[int, int]] = (),
-            norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
             inference_mode: bool = False,
             **dd,
     ) -> None:

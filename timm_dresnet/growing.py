@@ -92,8 +92,7 @@ def _grow_dresnet(
         connection_rank = _choose_rank(grown, connected_stages)
     norm_layer = nn.BatchNorm2d if isinstance(grown.bn1, (_BatchNorm, FrozenBatchNorm2d)) else GroupNorm1
     grown.add_connections(
-        gate, gate_init, connection_rank, connected_stages, norm_layer=norm_layer, **kwargs,
-        **get_device_dtype(grown))
+        gate, gate_init, connection_rank, connected_stages, norm_layer, **kwargs, **get_device_dtype(grown))
     # what is saved loads with these, whatever the defaults are then
     update_model_args(grown, gate=gate, connection_rank=connection_rank, connected_stages=connected_stages)
     return grown
