@@ -58,7 +58,7 @@ class EpochLoader(DataLoader):
             kwargs['batch_sampler'] = []  # what is left of the epoch: keys, each with the indices of a batch
         super().__init__(dataset, **kwargs)
         self.batches, self.key = batches, key
-        self.epoch = self.start = 0
+        self.set_epoch(0)
 
     def __len__(self) -> int:
         return super().__len__() if self.batches is None else len(self.batches)
@@ -73,8 +73,8 @@ class EpochLoader(DataLoader):
             self.batches.set_epoch(epoch)
         # not seed + epoch, by which one seed would have the orders of the next; timm's RepeatAugSampler takes no seed
         self.batches.sampler.set_epoch((self.key[0] << 20) + epoch)
-        keyed = [((*self.key, epoch, number), indices) for number, indices in enumerate(self.batches)]
-        self.batch_sampler[:] = keyed[start:]
+        self.batch_sampler[:] = [
+            ((*self.key, epoch, number), indices) for number, indices in islice(enumerate(self.batches), start, None)]
 
     def __iter__(self) -> Iterator[Any]:
         seed_everything(*self.key, self.epoch)  # the worker processes of a stream are seeded from here

@@ -253,7 +253,7 @@ def set_schedule(run: Run) -> None:
 
 
 def resume(run: Run, checkpoint: Path) -> None:
-    """Set everything to where a checkpoint was written."""
+    """Set everything but the learning rate to where a checkpoint was written."""
     if not checkpoint.is_file():
         raise ValueError(f'{checkpoint} is not on this machine: --output must be a folder that all machines share.')
     progress, accum_steps = run.task.progress, run.args.grad_accum_steps
