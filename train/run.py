@@ -123,8 +123,11 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     lr_scheduler, num_epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(args), updates_per_epoch=count_updates(len(loader), args))
     _check_pruning(args, model, num_epochs)
-    if process.primary and process.device.type == 'cpu' and not args.amp and computes_bfloat16():
-        _logger.info('This CPU trains faster in bfloat16: --amp --amp-dtype bfloat16.')
+    if process.primary and process.device.type == 'cpu':
+        if not args.amp and computes_bfloat16():
+            _logger.info('This CPU trains faster in bfloat16: --amp --amp-dtype bfloat16.')
+        elif args.amp and torch.backends.cpu.get_cpu_capability() == 'AVX2':
+            _logger.warning('This CPU has no AVX-512, without which --amp trains many times slower: leave it out.')
     scaled = args.amp and args.amp_dtype == 'float16'
     return Run(
         args=args,
