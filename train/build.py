@@ -53,10 +53,12 @@ def set_up_process(args: argparse.Namespace) -> Process:
     return Process(device, found['global_rank'], found['world_size'])
 
 
-def computes_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16, as far as PyTorch can tell."""
+def computes_bfloat16() -> bool | None:
+    """Whether an x86 CPU has instructions for bfloat16, None where PyTorch cannot tell."""
     found = getattr(torch.cpu, 'get_capabilities', dict)()  # of newer PyTorch
-    return any(found.get(name) for name in ('amx_bf16', 'avx512_bf16'))
+    if 'avx512_bf16' in found:
+        return found['amx_bf16'] or found['avx512_bf16']
+    return False if torch.backends.cpu.get_cpu_capability() == 'AVX2' else None
 
 
 def create_model(args: argparse.Namespace) -> torch.nn.Module:

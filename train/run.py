@@ -126,8 +126,8 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     if process.primary and process.device.type == 'cpu':
         if not args.amp and computes_bfloat16():
             _logger.info('This CPU trains faster in bfloat16: --amp --amp-dtype bfloat16.')
-        elif args.amp and torch.backends.cpu.get_cpu_capability() == 'AVX2':
-            _logger.warning('This CPU has no AVX-512, without which --amp trains many times slower: leave it out.')
+        elif args.amp and computes_bfloat16() is False:
+            _logger.warning('This CPU has neither AMX nor AVX-512 BF16, and trains slower with --amp: leave it out.')
     scaled = args.amp and args.amp_dtype == 'float16'
     return Run(
         args=args,
