@@ -185,7 +185,7 @@ def draw(runs: Dict[str, List[Path]], folder: Path) -> None:
 def draw_cost(lines: List[Dict[str, Any]], families: List[List[str]], folder: Path) -> None:
     """Draw `cost.png`, accuracy over the time of training, if a family was trained for several numbers of epochs.
 
-    A family is the names of models that differ in their number of epochs alone.
+    A family is the names of models that differ in their number of epochs alone, some of which may not be trained.
     """
     if all(len({line['epochs'] for line in lines if line['model'] in family}) < 2 for family in families):
         return
@@ -255,7 +255,7 @@ def compare(args: argparse.Namespace, others: List[str]) -> None:
     name = Path(args.config).stem + ('-smoke' if args.smoke else '')
     folder = open_folder(Path(args.output), name, dict(models=models, seeds=seeds, **given))
     families = [
-        [name for name, other in models.items() if {**other, 'epochs': 0} == {**recipe, 'epochs': 0}]
+        [name for name, other in config['models'].items() if {**other, 'epochs': 0} == {**recipe, 'epochs': 0}]
         for recipe in models.values()]
     families = [family for i, family in enumerate(families) if family not in families[:i]]
     runs: Dict[str, List[Path]] = {}
